@@ -1,0 +1,1 @@
+"""The appliance: what runs inside the TD."""

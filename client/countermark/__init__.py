@@ -1,0 +1,1 @@
+"""countermark: the client and verifier."""

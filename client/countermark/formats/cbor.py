@@ -1,0 +1,133 @@
+"""Deterministic CBOR (RFC 8949 section 4.2.1): the only serialisation of our own signed structures.
+
+`decode` accepts exactly what `encode` produces: it re-encodes and compares, so that one value has one byte string
+(definite lengths, shortest heads and floats, map keys sorted by encoded bytes, no duplicate keys, no trailing bytes).
+Values are limited to int, float (finite), bytes, str, bool, None, tuple/list, dict with str or int keys, and CBORTag.
+Not checked here: what the value means; each format's own parser does that.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from operator import itemgetter
+from typing import Any
+
+import cbor2
+
+from countermark.errors import FormatError
+
+MAX_BYTES = 64 * 1024 * 1024
+MAX_DEPTH = 16
+
+
+def encode(value: object) -> bytes:
+    """Encode a value deterministically. Raises `FormatError` (`cbor.type`) on a type outside the allowed set.
+
+    Our own encoder, because cbor2's canonical mode sorts map keys by length first (RFC 7049), not bytewise.
+    """
+    out = bytearray()
+    _write(out, value, 0)
+    return bytes(out)
+
+
+def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
+    """Decode one deterministic CBOR item that fills `data` exactly.
+
+    Raises `FormatError`: `cbor.too_long`, `cbor.malformed`, `cbor.type` or `cbor.not_deterministic`.
+    """
+    if len(data) > max_bytes:
+        raise FormatError(f"cbor: expected at most {max_bytes} bytes, got {len(data)}", code="cbor.too_long")
+    try:
+        value = cbor2.loads(data)
+    except (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as err:
+        raise FormatError(f"cbor: {type(err).__name__}", code="cbor.malformed") from err
+    if encode(value) != data:
+        raise FormatError("cbor: expected the deterministic encoding (RFC 8949 4.2.1)", code="cbor.not_deterministic")
+    return value
+
+
+def _head(out: bytearray, major: int, number: int) -> None:
+    if number < 24:
+        out.append(major << 5 | number)
+        return
+    for info, size in ((24, 1), (25, 2), (26, 4), (27, 8)):
+        if number < 1 << (8 * size):
+            out.append(major << 5 | info)
+            out += number.to_bytes(size, "big")
+            return
+    raise FormatError("cbor: expected an integer of at most 64 bits", code="cbor.type")
+
+
+def _write_float(out: bytearray, value: float) -> None:
+    if not math.isfinite(value):
+        raise FormatError("cbor: expected a finite number", code="cbor.type")
+    for head, code in ((0xF9, ">e"), (0xFA, ">f"), (0xFB, ">d")):
+        try:
+            packed = struct.pack(code, value)
+        except OverflowError:
+            continue
+        if struct.unpack(code, packed)[0] == value:
+            out.append(head)
+            out += packed
+            return
+
+
+def _write(out: bytearray, value: object, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise FormatError(f"cbor: nested deeper than {MAX_DEPTH}", code="cbor.malformed")
+    match value:
+        case None:
+            out.append(0xF6)
+        case bool():
+            out.append(0xF5 if value else 0xF4)
+        case int():
+            _head(out, *((0, value) if value >= 0 else (1, -1 - value)))
+        case float():
+            _write_float(out, value)
+        case bytes():
+            _head(out, 2, len(value))
+            out += value
+        case str():
+            try:
+                text = value.encode()
+            except UnicodeEncodeError as err:
+                raise FormatError("cbor: expected text without lone surrogates", code="cbor.type") from err
+            _head(out, 3, len(text))
+            out += text
+        case list() | tuple():
+            _head(out, 4, len(value))
+            for item in value:
+                _write(out, item, depth + 1)
+        case dict():
+            if any(isinstance(key, bool) or not isinstance(key, str | int) for key in value):
+                raise FormatError("cbor: expected map keys of type str or int", code="cbor.type")
+            _head(out, 5, len(value))
+            for key, item in sorted(((encode(key), item) for key, item in value.items()), key=itemgetter(0)):
+                out += key
+                _write(out, item, depth + 1)
+        case cbor2.CBORTag():
+            _head(out, 6, value.tag)
+            _write(out, value.value, depth + 1)
+        case _:
+            raise FormatError(f"cbor: value of type {type(value).__name__}", code="cbor.type")
+
+
+def fields(value: object, what: str, **types: type | tuple[type, ...]) -> dict[str, Any]:
+    """Check that `value` is a map with exactly the named text keys, each of the named type, and return it.
+
+    `bool` is not accepted for `int`. Raises `FormatError` with code `<what>.field`.
+    """
+    if not isinstance(value, dict):
+        raise FormatError(f"{what}: expected a map, got {type(value).__name__}", code=f"{what}.field")
+    if value.keys() != types.keys():
+        missing = sorted(set(types) - set(value))
+        unknown = sorted(map(str, set(value) - set(types)))
+        raise FormatError(f"{what}: missing fields {missing}, unknown fields {unknown}", code=f"{what}.field")
+    for key, kind in types.items():
+        item = value[key]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
+            names = "|".join(k.__name__ for k in kinds)
+            raise FormatError(f"{what}.{key}: expected {names}, got {type(item).__name__}", code=f"{what}.field")
+    return value
