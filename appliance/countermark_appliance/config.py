@@ -1,0 +1,130 @@
+"""One frozen Config from one measured TOML file.
+
+The bytes of the file are what is measured (`digest`, SHA-256, extended into RTMR3); so nothing here reads an
+environment variable or fills in a machine's default. Relative paths are relative to the file. Unknown keys are refused
+by name. Not checked here: whether the paths exist; whoever opens them says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from countermark.errors import ConfigError
+
+MAX_BYTES = 64 * 1024
+_OPERATOR = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
+_HEX32 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The appliance's configuration, every default resolved."""
+
+    digest: bytes  # SHA-256 of the file
+    operator: str  # names the log: origin `<operator>/<boot_id>`
+    listen_host: str
+    listen_port: int  # 0: any free port, printed when ready
+    platform: str  # sim | tdx | vtpm
+    platform_state: Path | None  # sim: the directory `countermark-appliance sim new` made
+    weights_dir: Path
+    weights_root: bytes  # the dm-verity root hash the weights must have
+    log_dir: Path
+    threads: int  # 0: one for each core
+    max_sequences: int
+    max_waiting: int
+    deployer_id: str | None
+    retention_until: str | None
+
+
+# table -> key -> (types, default); a default of ... means the key is required
+_SCHEMA: dict[str, dict[str, tuple[type | tuple[type, ...], Any]]] = {
+    "node": {"operator": (str, ...), "listen": (str, "127.0.0.1:0")},
+    "platform": {"name": (str, ...), "state": (str, None)},
+    "weights": {"dir": (str, ...), "root": (str, ...)},
+    "log": {"dir": (str, ...)},
+    "engine": {"threads": (int, 0), "max_sequences": (int, 16), "max_waiting": (int, 64)},
+    "record": {"deployer_id": (str, None), "retention_until": (str, None)},
+}
+_BOUNDS = {"threads": (0, 256), "max_sequences": (1, 256), "max_waiting": (0, 4096)}
+
+
+def load_config(path: Path) -> Config:
+    """Read and parse a configuration file. Raises `ConfigError`, naming the key."""
+    try:
+        data = path.read_bytes()
+    except OSError as err:
+        raise ConfigError(f"config: {path}: {err.strerror}", code="config.unreadable") from err
+    return parse_config(data, base=path.resolve().parent)
+
+
+def parse_config(data: bytes, *, base: Path) -> Config:
+    """Parse the TOML bytes; relative paths are taken from `base`. Raises `ConfigError`, naming the key."""
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"config: expected at most {MAX_BYTES} bytes, got {len(data)}", code="config.too_long")
+    try:
+        document = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"config: expected TOML: {err}", code="config.malformed") from err
+    values = _flatten(document)
+    host, port = parse_address(values["listen"])
+    if not _OPERATOR.fullmatch(values["operator"]):
+        raise ConfigError(
+            f"node.operator: expected lower-case letters, digits, '.' and '-', got {values['operator']!r}",
+            code="config.value",
+        )
+    if not _HEX32.fullmatch(values["root"]):
+        raise ConfigError("weights.root: expected 64 lower-case hex digits", code="config.value")
+    for name, (low, high) in _BOUNDS.items():
+        if not low <= values[name] <= high:
+            raise ConfigError(f"engine.{name}: expected {low} to {high}, got {values[name]}", code="config.value")
+    return Config(
+        digest=hashlib.sha256(data).digest(),
+        operator=values["operator"],
+        listen_host=host,
+        listen_port=port,
+        platform=values["name"],
+        platform_state=base / values["state"] if values["state"] is not None else None,
+        weights_dir=base / values["weights.dir"],
+        weights_root=bytes.fromhex(values["root"]),
+        log_dir=base / values["log.dir"],
+        threads=values["threads"],
+        max_sequences=values["max_sequences"],
+        max_waiting=values["max_waiting"],
+        deployer_id=values["deployer_id"],
+        retention_until=values["retention_until"],
+    )
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[IPV6]:PORT` to its parts. Raises `ConfigError` (`config.address`)."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([A-Za-z0-9.-]+)):(\d{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise ConfigError(f"address: expected HOST:PORT, got {text!r}", code="config.address")
+    return match[1] or match[2], int(match[3])
+
+
+def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Check every table and key against the schema; `dir` stands in two tables, so it keeps its table's name."""
+    values: dict[str, Any] = {}
+    for table in document.keys() - _SCHEMA.keys():
+        raise ConfigError(f"config: unknown table or key {table!r}", code="config.unknown_key")
+    for table, keys in _SCHEMA.items():
+        given = document.get(table, {})
+        if not isinstance(given, dict):
+            raise ConfigError(f"{table}: expected a table", code="config.value")
+        for key in given.keys() - keys.keys():
+            raise ConfigError(f"config: unknown key '{table}.{key}'", code="config.unknown_key")
+        for key, (kind, default) in keys.items():
+            if key not in given and default is ...:
+                raise ConfigError(f"{table}.{key}: missing", code="config.missing")
+            value = given.get(key, default)
+            if key in given and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ConfigError(f"{table}.{key}: got {type(value).__name__}", code="config.value")
+            values[f"{table}.{key}" if key == "dir" else key] = value
+    return values
