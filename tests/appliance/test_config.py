@@ -1,0 +1,78 @@
+"""The appliance's configuration file: what it takes, and that it names the key it does not take."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from countermark.errors import ConfigError
+from countermark_appliance.config import load_config, parse_address, parse_config
+
+GOOD = b"""
+[node]
+operator = "demo.example"
+listen = "127.0.0.1:9000"
+[platform]
+name = "sim"
+state = "sim"
+[weights]
+dir = "weights"
+root = "aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55"
+[log]
+dir = "log"
+[engine]
+threads = 2
+"""
+
+
+def test_paths_are_relative_to_the_file_and_defaults_resolved(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_bytes(GOOD)
+    config = load_config(file)
+    assert config.digest == hashlib.sha256(GOOD).digest()
+    assert (config.listen_host, config.listen_port) == ("127.0.0.1", 9000)
+    assert config.weights_dir == tmp_path.resolve() / "weights"
+    assert config.platform_state == tmp_path.resolve() / "sim"
+    assert config.weights_root == bytes.fromhex("aa55" * 16)
+    assert (config.threads, config.max_sequences, config.deployer_id) == (2, 16, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        (b"threads = 2", b"thread = 2", "config.unknown_key"),
+        (b"[log]", b"[logs]", "config.unknown_key"),
+        (b'operator = "demo.example"', b"", "config.missing"),
+        (b'"demo.example"', b'"Demo/../x"', "config.value"),
+        (b"threads = 2", b'threads = "2"', "config.value"),
+        (b"threads = 2", b"threads = true", "config.value"),
+        (b"threads = 2", b"threads = -1", "config.value"),
+        (b"aa55", b"zz", "config.value"),
+        (b":9000", b":90000", "config.address"),
+        (b":9000", b"", "config.address"),
+        (b"[node]", b"[node", "config.malformed"),
+        (b"[node]", b"\xff[node]", "config.malformed"),
+    ],
+)
+def test_refused_by_code(old: bytes, new: bytes, code: str, tmp_path: Path) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError) as err:
+        parse_config(GOOD.replace(old, new, 1), base=tmp_path)
+    assert err.value.code == code
+
+
+def test_unknown_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.thread\b"):
+        parse_config(GOOD.replace(b"threads", b"thread"), base=tmp_path)
+
+
+def test_missing_file_and_huge_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as err:
+        load_config(tmp_path / "none.toml")
+    assert err.value.code == "config.unreadable"
+    with pytest.raises(ConfigError) as err:
+        parse_config(GOOD + b"#" * 65536, base=tmp_path)
+    assert err.value.code == "config.too_long"
+
+
+def test_ipv6_address() -> None:
+    assert parse_address("[::1]:80") == ("::1", 80)
