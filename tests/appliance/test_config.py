@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+
 from countermark.errors import ConfigError
 from countermark_appliance.config import load_config, parse_address, parse_config
 

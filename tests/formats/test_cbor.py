@@ -4,10 +4,11 @@ import struct
 
 import cbor2
 import pytest
-from countermark.errors import FormatError
-from countermark.formats import cbor
 from hypothesis import given
 from hypothesis import strategies as st
+
+from countermark.errors import FormatError
+from countermark.formats import cbor
 
 SCALARS = (
     st.none()
