@@ -14,9 +14,9 @@ from typing import Protocol
 class Runner(Protocol):
     """Something that executes one profile with one set of weights.
 
-    `sampling` has the keys of `formats.records.Sampling` with these types: temperature, top_p, min_p,
-    repetition_penalty, presence_penalty, frequency_penalty: float; top_k, seed: int (unsigned); logit_bias:
-    dict[int, float]. `stop` holds the stop strings.
+    `sampling` has exactly the fields of `formats.records.Sampling`: temperature, repetition_penalty, presence_penalty,
+    frequency_penalty: float; top_k, top_p_20bit, min_p_20bit, seed: int; logit_bias: tuple of (token id, float) by
+    ascending id; seed_origin: str. `stop` holds the stop strings.
     """
 
     @property
