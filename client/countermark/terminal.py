@@ -1,0 +1,74 @@
+"""What people see: numbered checks, the simulated banner, refusals, progress. Results to stdout, the rest to stderr.
+
+rich draws on terminals only and honours NO_COLOR; text from outside is escaped, and control characters in it are
+replaced, so that a server cannot paint over what we print.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from countermark.checks import Check, Status
+from countermark.errors import CountermarkError
+
+OUT = Console(soft_wrap=True, highlight=False)
+ERR = Console(stderr=True, soft_wrap=True, highlight=False)
+_STYLE = {Status.PASS: "green", Status.FAIL: "bold red", Status.SKIP: "yellow"}
+
+
+def printable(text: str) -> str:
+    """`text` with control characters other than newline and tab replaced, so that it cannot steer a terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def show_checks(checks: Iterable[Check], *, console: Console = ERR) -> None:
+    """One line a check: number, PASS, FAIL or SKIP, name, what was seen."""
+    for check in checks:
+        style = _STYLE[check.status]
+        code = f" [red]\\[{escape(check.code)}][/red]" if check.code else ""
+        detail = f"  [dim]{escape(printable(check.detail))}[/dim]" if check.detail else ""
+        console.print(f"{check.step:>4}  [{style}]{check.status.value}[/{style}]  {escape(check.name)}{code}{detail}")
+
+
+def show_simulated(*, console: Console = ERR) -> None:
+    """The banner over everything that rests on the simulated platform."""
+    console.print(
+        "[black on yellow] SIMULATED [/black on yellow] [yellow]no confidential hardware: this proves the path, not a"
+        " machine[/yellow]"
+    )
+
+
+def show_error(err: CountermarkError) -> None:
+    """A refusal: the checks made so far, then what differed and the stable code."""
+    show_checks(err.checks)
+    step = f"step {err.step}, " if err.step else ""
+    ERR.print(f"[bold red]refused[/bold red] ({step}{err.code}): {escape(printable(str(err)))}")
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """A progress display on stderr; silent when stderr is not a terminal."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=ERR,
+        transient=True,
+        disable=not ERR.is_terminal,
+    ) as bar:
+        bar.add_task(label, total=None)
+        yield bar
+
+
+def write_text(text: str) -> None:
+    """Model text to stdout at once, made safe for a terminal when stdout is one."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
