@@ -1,0 +1,427 @@
+"""The records a log commits to, and the leaves it publishes: deterministic CBOR, strict both ways.
+
+A record goes only to the client. A leaf is {v, type, boot_id, sequence, intent_leaf, commitment}; commitment =
+SHA-256("countermark/leaf/v1" || type || salt (32) || record), type as its ASCII name (no name begins another). Inside
+a record the prompt, token ids, output and fingerprints stand as SHA-256("countermark/field/v1" || u8 length || name ||
+salt (32) || value), each under its own salt, so that each can be disclosed or withheld alone.
+
+Every value is the one that applied, after defaults are resolved. Not checked here: whether any of it is true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from itertools import pairwise
+from typing import Any
+
+from countermark.errors import FormatError
+from countermark.formats import cbor
+from countermark.tlog import merkle
+
+VERSION = 1
+SALT_BYTES = 32
+MAX_RECORD_BYTES = 256 * 1024
+MAX_LEAF_BYTES = 512
+MAX_TOKENS = 1 << 20
+FINGERPRINT_BYTES = 16
+INTENT_FIELDS = ("prompt", "prompt_tokens", "raw_request")
+OUTCOME_FIELDS = ("fingerprints", "output_text", "output_tokens")
+FINISH_REASONS = ("stop", "eos", "length")
+ABORT_REASONS = ("cancelled", "deadline", "error", "shutdown")
+
+
+class Kind(Enum):
+    """What a leaf commits to."""
+
+    EPOCH = "epoch"
+    INTENT = "intent"
+    OUTCOME = "outcome"
+    ABORT = "abort"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """One published leaf. `sequence` is its index; `intent_leaf` the leaf hash of the INTENT it ends, else None."""
+
+    kind: Kind
+    boot_id: bytes
+    sequence: int
+    intent_leaf: bytes | None
+    commitment: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """What does not change within a boot: the measured stack, the model and the numerics."""
+
+    platform: str  # TEE type: sim | tdx | vtpm
+    image_id: bytes
+    config_digest: bytes
+    model: str
+    weights_root: bytes  # dm-verity root hash
+    manifest_digest: bytes  # BLAKE3 of the artefact's manifest
+    quantisation: str
+    adapters: tuple[str, ...]
+    tokenizer_digest: bytes
+    chat_template_digest: bytes
+    profile: str
+    kernel_digest: bytes
+    engine: str  # engine version
+    backend: str
+    torch: str
+    triton: str | None
+    cuda: str | None
+    driver: str | None
+    vbios: str | None
+    gpus: tuple[str, ...]
+    cpu: str
+    determinism: str  # tier
+    claims: tuple[str, ...]  # what the output does not depend on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """The resolved sampler settings, as the sampler was given them (binary32 values; top-p and min-p in 2**-20)."""
+
+    temperature: float
+    top_k: int
+    top_p_20bit: int
+    min_p_20bit: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]  # ascending ids
+    seed: int
+    seed_origin: str  # client | server
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Previous:
+    """The log of the boot before: where it ended, as verified under the keys of its EPOCH."""
+
+    boot_id: bytes
+    size: int
+    root: bytes
+    epoch_leaf: bytes
+    crashed: int  # INTENTs that had no end
+    torn_bytes: int  # length of the incomplete tail that was cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoch:
+    """The first record of every log: which boot this is, under which keys, after which log."""
+
+    boot_id: bytes
+    origin: str
+    epoch: int  # 1 for the first log of a directory
+    started_us: int
+    evidence_digest: bytes
+    keys_digest: bytes
+    stack: Stack
+    previous: Previous | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """Everything that decides an answer, committed before its first token is computed."""
+
+    boot_id: bytes
+    request_id: bytes
+    nonce: bytes  # the client's, fresh for each request
+    accepted_us: int  # TD time, UTC
+    quote_digest: bytes  # of the connection's Attest quote (header + body)
+    raw_request: bytes  # field commitment
+    prompt: bytes  # field commitment: the input as the client gave it (`encode_input`)
+    prompt_tokens: bytes  # field commitment: the exact assembled token ids
+    stack: Stack
+    sampling: Sampling
+    max_tokens: int
+    stop: tuple[str, ...]
+    stop_tokens: tuple[int, ...]
+    ignore_eos: bool
+    logprobs: bool
+    deployer_id: str | None
+    retention_until: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The complete answer to an INTENT."""
+
+    boot_id: bytes
+    intent_leaf: bytes
+    output_tokens: bytes  # field commitment
+    output_text: bytes  # field commitment
+    fingerprints: bytes  # field commitment: 16 bytes for each output token, concatenated
+    prompt_count: int
+    cached_count: int
+    output_count: int
+    finish_reason: str
+    first_token_us: int | None  # TD time, UTC; None when no token was sampled
+    ended_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """An INTENT that ended without an answer."""
+
+    boot_id: bytes
+    intent_leaf: bytes
+    reason: str
+    tokens_sent: int
+    ended_us: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crashed:
+    """An INTENT of the previous log that never ended, said so by the boot after."""
+
+    boot_id: bytes
+    previous_boot_id: bytes
+    intent_leaf: bytes
+
+
+Record = Epoch | Intent | Outcome | Abort | Crashed
+_KINDS: dict[Kind, type[Any]] = {
+    Kind.EPOCH: Epoch,
+    Kind.INTENT: Intent,
+    Kind.OUTCOME: Outcome,
+    Kind.ABORT: Abort,
+    Kind.CRASHED: Crashed,
+}
+_OPTIONAL = {"triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"}
+_LENGTHS = {"nonce": 32, "request_id": 16}
+_NESTED = {"stack": Stack, "sampling": Sampling, "previous": Previous}
+_CHOICES = {
+    "platform": ("sim", "tdx", "vtpm"),
+    "seed_origin": ("client", "server"),
+}
+_REASONS = {Outcome: ("finish_reason", FINISH_REASONS), Abort: ("reason", ABORT_REASONS)}
+_LIMITS = {"top_p_20bit": 1 << 20, "min_p_20bit": 1 << 20, "seed": (1 << 64) - 1}
+_MAX_TEXT = 4096
+_MAX_ITEMS = 1024
+
+
+def kind_of(record: Record) -> Kind:
+    """The kind of leaf that commits to this record."""
+    return next(kind for kind, cls in _KINDS.items() if isinstance(record, cls))
+
+
+def encode_record(record: Record) -> bytes:
+    """Deterministic CBOR of a record. Raises `FormatError` on a value the record's type does not allow."""
+    data = cbor.encode({"v": VERSION, "type": kind_of(record).value, **_to_map(record)})
+    parse_record(data, kind_of(record))
+    return data
+
+
+def parse_record(data: bytes, kind: Kind) -> Any:
+    """Parse a record of the given kind. Raises `FormatError`: `cbor.*` or `record.field` / `record.type`."""
+    value = cbor.decode(data, max_bytes=MAX_RECORD_BYTES)
+    if not isinstance(value, dict) or value.get("v") != VERSION or value.get("type") != kind.value:
+        raise FormatError(f"record: expected version {VERSION} and type {kind.value}", code="record.type")
+    del value["v"], value["type"]
+    return _from_map(_KINDS[kind], value)
+
+
+def parse_intent(data: bytes) -> Intent:
+    """Parse an INTENT record. Raises `FormatError`."""
+    record: Intent = parse_record(data, Kind.INTENT)
+    return record
+
+
+def parse_outcome(data: bytes) -> Outcome:
+    """Parse an OUTCOME record. Raises `FormatError`."""
+    record: Outcome = parse_record(data, Kind.OUTCOME)
+    return record
+
+
+def parse_epoch(data: bytes) -> Epoch:
+    """Parse an EPOCH record. Raises `FormatError`."""
+    record: Epoch = parse_record(data, Kind.EPOCH)
+    return record
+
+
+def commitment(kind: Kind, salt: bytes, record: bytes) -> bytes:
+    """What the leaf says of a record; hides it as long as the salt is secret."""
+    _check_salt(salt)
+    return hashlib.sha256(b"countermark/leaf/v1" + kind.value.encode() + salt + record).digest()
+
+
+def field_commitment(name: str, salt: bytes, value: bytes) -> bytes:
+    """What a record says of one field that can be disclosed alone."""
+    _check_salt(salt)
+    label = name.encode()
+    return hashlib.sha256(b"countermark/field/v1" + bytes([len(label)]) + label + salt + value).digest()
+
+
+def encode_leaf(leaf: Leaf) -> bytes:
+    """Deterministic CBOR of a leaf."""
+    return cbor.encode(
+        {
+            "v": VERSION,
+            "type": leaf.kind.value,
+            "boot_id": leaf.boot_id,
+            "sequence": leaf.sequence,
+            "intent_leaf": leaf.intent_leaf,
+            "commitment": leaf.commitment,
+        }
+    )
+
+
+def parse_leaf(data: bytes) -> Leaf:
+    """Parse a leaf. Raises `FormatError`: `cbor.*`, `leaf.field`, `leaf.type`."""
+    value = cbor.fields(
+        cbor.decode(data, max_bytes=MAX_LEAF_BYTES),
+        "leaf",
+        v=int,
+        type=str,
+        boot_id=bytes,
+        sequence=int,
+        intent_leaf=(bytes, type(None)),
+        commitment=bytes,
+    )
+    kinds = {kind.value: kind for kind in Kind}
+    if value["v"] != VERSION or value["type"] not in kinds:
+        raise FormatError(f"leaf: expected version {VERSION} and a known type", code="leaf.type")
+    leaf = Leaf(
+        kind=kinds[value["type"]],
+        boot_id=value["boot_id"],
+        sequence=value["sequence"],
+        intent_leaf=value["intent_leaf"],
+        commitment=value["commitment"],
+    )
+    lengths = {len(leaf.boot_id), len(leaf.commitment), 32 if leaf.intent_leaf is None else len(leaf.intent_leaf)}
+    ends_an_intent = leaf.kind in (Kind.OUTCOME, Kind.ABORT, Kind.CRASHED)
+    if lengths != {32} or leaf.sequence < 0 or ends_an_intent != (leaf.intent_leaf is not None):
+        raise FormatError("leaf: expected 32-byte values and an intent_leaf where one belongs", code="leaf.field")
+    return leaf
+
+
+def leaf_for(record: Record, data: bytes, salt: bytes, sequence: int) -> Leaf:
+    """The leaf that publishes `record`, whose encoding is `data`, at index `sequence`."""
+    kind = kind_of(record)
+    return Leaf(
+        kind=kind,
+        boot_id=record.boot_id,
+        sequence=sequence,
+        intent_leaf=getattr(record, "intent_leaf", None),
+        commitment=commitment(kind, salt, data),
+    )
+
+
+def leaf_digest(leaf: Leaf) -> bytes:
+    """The leaf's hash in the Merkle tree: how other records name it."""
+    return merkle.leaf_hash(encode_leaf(leaf))
+
+
+def encode_input(*, messages: Sequence[tuple[str, str]] | None = None, prompt: str | None = None) -> bytes:
+    """The value of the field `prompt`: {"messages": [[role, content]...]} or {"prompt": text}; exactly one is given."""
+    if (messages is None) == (prompt is None):
+        raise FormatError("input: expected either messages or a prompt", code="record.field")
+    return cbor.encode({"prompt": prompt} if messages is None else {"messages": [list(turn) for turn in messages]})
+
+
+def encode_tokens(tokens: Sequence[int]) -> bytes:
+    """The value of the fields `prompt_tokens` and `output_tokens`: an array of token ids."""
+    return cbor.encode(list(tokens))
+
+
+def encode_salts(salts: Mapping[str, bytes]) -> bytes:
+    """Deterministic CBOR map: field name -> salt."""
+    return cbor.encode(dict(salts))
+
+
+def parse_salts(data: bytes, names: Sequence[str]) -> dict[str, bytes]:
+    """Parse the salts of exactly the named fields. Raises `FormatError`: `cbor.*`, `salts.field`."""
+    value = cbor.fields(cbor.decode(data, max_bytes=4096), "salts", **dict.fromkeys(names, bytes))
+    if any(len(salt) != SALT_BYTES for salt in value.values()):
+        raise FormatError(f"salts: expected {SALT_BYTES} bytes each", code="salts.field")
+    return value
+
+
+def _check_salt(salt: bytes) -> None:
+    if len(salt) != SALT_BYTES:
+        raise FormatError(f"salt: expected {SALT_BYTES} bytes, got {len(salt)}", code="salts.field")
+
+
+def _to_map(value: Any) -> dict[str, object]:
+    return {
+        field.name: _to_map(item) if field.name in _NESTED and item is not None else item
+        for field in fields(value)
+        for item in (getattr(value, field.name),)
+    }
+
+
+def _from_map(cls: type[Any], value: object) -> Any:
+    """Build a record from a decoded map, checking every field by its annotation."""
+    names = [field.name for field in fields(cls)]
+    if not isinstance(value, dict) or value.keys() != set(names):
+        raise FormatError(f"record: expected exactly the fields of {cls.__name__}", code="record.field")
+    built = {field.name: _field(field.name, str(field.type), value[field.name]) for field in fields(cls)}
+    if cls in _REASONS and built[_REASONS[cls][0]] not in _REASONS[cls][1]:
+        raise _wrong(_REASONS[cls][0], f"one of {_REASONS[cls][1]}")
+    return cls(**built)
+
+
+def _field(name: str, annotation: str, value: Any) -> Any:
+    if value is None and name in _OPTIONAL:
+        return None
+    kind = annotation.removesuffix(" | None")
+    if name in _NESTED:
+        return _from_map(_NESTED[name], value)
+    if kind == "bytes":
+        if not isinstance(value, bytes) or len(value) != _LENGTHS.get(name, 32):
+            raise _wrong(name, f"{_LENGTHS.get(name, 32)} bytes")
+    elif kind == "int":
+        if not _is_int(value, _LIMITS.get(name, (1 << 63) - 1)):
+            raise _wrong(name, "an unsigned integer in range")
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise _wrong(name, "true or false")
+    elif kind == "float":
+        if not isinstance(value, float):
+            raise _wrong(name, "a number")
+    elif kind == "str":
+        if not _is_text(value) or value not in _CHOICES.get(name, (value,)):
+            raise _wrong(name, "text")
+    else:
+        return _sequence(name, kind, value)
+    return value
+
+
+def _sequence(name: str, kind: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple) or len(value) > _MAX_ITEMS:
+        raise _wrong(name, f"at most {_MAX_ITEMS} items")
+    if kind == "tuple[str, ...]":
+        good = all(map(_is_text, value))
+    elif kind == "tuple[int, ...]":
+        good = all(_is_int(item, MAX_TOKENS) for item in value)
+    else:  # logit_bias
+        good = all(
+            isinstance(item, list | tuple)
+            and len(item) == 2
+            and _is_int(item[0], MAX_TOKENS)
+            and type(item[1]) is float
+            for item in value
+        )
+        value = [tuple(item) for item in value] if good else value
+        good = good and all(a[0] < b[0] for a, b in pairwise(value))
+    if not good:
+        raise _wrong(name, kind)
+    return tuple(value)
+
+
+def _is_int(value: object, limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= limit
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_TEXT
+
+
+def _wrong(name: str, expected: str) -> FormatError:
+    return FormatError(f"record.{name}: expected {expected}", code="record.field")
