@@ -1,0 +1,225 @@
+"""NVIDIA Hopper GPU attestation report: one SPDM 1.1 GET_MEASUREMENTS request and its MEASUREMENTS response.
+
+DMTF DSP0274 1.1.0, tables 42 to 46 (messages and measurement blocks, little-endian); the opaque data is NVIDIA's list
+of type, size, value records (type numbers as published in NVIDIA/nvtrust). The signature is r || s on P-384, each 48
+bytes big-endian, over SHA-384 of everything before it (request and response), checked on genuine H100 reports.
+
+What the report says about confidential-computing mode it says through its measurements and the features in it; CC and
+developer-tools mode are read from the driver inside the guest and stand in RTMR3 instead. Unknown opaque types are
+kept. Not checked here: the signature, the certificate chain, the nonce, any measurement value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from countermark.errors import FormatError
+from countermark.formats.reader import Reader
+
+REQUEST_BYTES = 37
+NONCE_BYTES = 32
+SIGNATURE_BYTES = 96
+MAX_REPORT_BYTES = 64 * 1024
+_VERSION = 0x11
+_GET_MEASUREMENTS = 0xE0
+_MEASUREMENTS = 0x60
+_WITH_SIGNATURE = 0x01
+_ALL_MEASUREMENTS = 0xFF
+_DMTF = 0x01
+
+
+class OpaqueType(IntEnum):
+    """NVIDIA's opaque record types that we read by name."""
+
+    DRIVER_VERSION = 3
+    GPU_INFO = 4
+    SKU = 5
+    VBIOS_VERSION = 6
+    NVDEC0_STATUS = 11
+    MEASUREMENT_COUNTS = 12
+    CPR_INFO = 13
+    BOARD_ID = 14
+    CHIP_SKU = 15
+    CHIP_SKU_MOD = 16
+    PROJECT = 17
+    PROJECT_SKU = 18
+    PROJECT_SKU_MOD = 19
+    FWID = 20
+    PROTECTED_PCIE_STATUS = 21
+    CHIP_INFO = 35
+    FEATURE_FLAG = 36
+
+
+STATUS_ENABLED = 0xAA
+STATUS_DISABLED = 0x55
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One measurement block: its index (1 to 254), DMTF value type (bit 7: raw, not a digest) and value."""
+
+    index: int
+    value_type: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opaque:
+    """One opaque record; `kind` may be a number that `OpaqueType` does not name."""
+
+    kind: int
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Request and response. `nonce` is the requester's (ours), `responder_nonce` the GPU's."""
+
+    nonce: bytes  # 32
+    slot: int
+    response_params: bytes  # 2: Param1 and Param2 of the response
+    measurements: tuple[Measurement, ...]
+    responder_nonce: bytes  # 32
+    opaque: tuple[Opaque, ...]
+    signature: bytes  # 96
+
+    def find(self, kind: OpaqueType) -> bytes | None:
+        """The value of the one opaque record of this type, or None."""
+        return next((record.value for record in self.opaque if record.kind == kind), None)
+
+    def text(self, kind: OpaqueType) -> str | None:
+        """A zero-terminated ASCII record as text, or None when absent. Raises `FormatError` `spdm.text`."""
+        value = self.find(kind)
+        if value is None:
+            return None
+        body = value.rstrip(b"\0")
+        if not body.isascii() or not body.decode("ascii").isprintable():
+            raise FormatError(f"spdm.{kind.name.lower()}: expected printable ASCII", code="spdm.text")
+        return body.decode("ascii")
+
+    @property
+    def driver_version(self) -> str | None:
+        """Such as `550.90.07`."""
+        return self.text(OpaqueType.DRIVER_VERSION)
+
+    @property
+    def vbios_version(self) -> str | None:
+        """Such as `96.00.9F.00.01`: the first four bytes reversed, then the fifth, in hex."""
+        value = self.find(OpaqueType.VBIOS_VERSION)
+        if value is None:
+            return None
+        if len(value) != 8:
+            raise FormatError(f"spdm.vbios_version: expected 8 bytes, got {len(value)}", code="spdm.vbios_version")
+        return ".".join(f"{byte:02X}" for byte in (*reversed(value[:4]), value[4]))
+
+    @property
+    def fwid(self) -> bytes | None:
+        """The firmware identifier, None when the record is absent or empty."""
+        return self.find(OpaqueType.FWID) or None
+
+    @property
+    def measurement_counts(self) -> tuple[int, ...]:
+        """For each measurement index from 1, how often it was extended; empty when the record is absent."""
+        value = self.find(OpaqueType.MEASUREMENT_COUNTS) or b""
+        if len(value) % 4:
+            raise FormatError("spdm.measurement_counts: expected a multiple of 4 bytes", code="spdm.measurement_counts")
+        return tuple(int.from_bytes(value[i : i + 4], "little") for i in range(0, len(value), 4))
+
+
+def parse_report(data: bytes) -> Report:
+    """Parse a report to its last byte. Raises `FormatError` with a code below `spdm.`."""
+    if len(data) > MAX_REPORT_BYTES:
+        raise FormatError(f"spdm: expected at most {MAX_REPORT_BYTES} bytes, got {len(data)}", code="spdm.too_long")
+    reader = Reader(data, "spdm")
+    reader.expect(_VERSION, 1, "request_version")
+    reader.expect(_GET_MEASUREMENTS, 1, "request_code")
+    reader.expect(_WITH_SIGNATURE, 1, "request_param1")
+    reader.expect(_ALL_MEASUREMENTS, 1, "request_param2")
+    nonce = reader.take(NONCE_BYTES, "nonce")
+    slot = reader.uint(1, "slot")
+    if slot > 7:
+        raise FormatError(f"spdm.slot: expected 0 to 7, got {slot}", code="spdm.slot")
+    reader.expect(_VERSION, 1, "response_version")
+    reader.expect(_MEASUREMENTS, 1, "response_code")
+    response_params = reader.take(2, "response_params")
+    count = reader.uint(1, "number_of_blocks")
+    record = Reader(reader.take(reader.uint(3, "record_size"), "record"), "spdm")
+    measurements = tuple(_parse_measurement(record) for _ in range(count))
+    record.end()
+    if len({block.index for block in measurements}) != count:
+        raise FormatError("spdm.index: expected each measurement index once", code="spdm.index")
+    responder_nonce = reader.take(NONCE_BYTES, "responder_nonce")
+    opaque = _parse_opaque(Reader(reader.take(reader.uint(2, "opaque_size"), "opaque"), "spdm"))
+    signature = reader.take(SIGNATURE_BYTES, "signature")
+    reader.end()
+    return Report(
+        nonce=nonce,
+        slot=slot,
+        response_params=response_params,
+        measurements=measurements,
+        responder_nonce=responder_nonce,
+        opaque=opaque,
+        signature=signature,
+    )
+
+
+def encode_report(report: Report) -> bytes:
+    """The inverse of `parse_report`."""
+    return encode_signed_part(report) + report.signature
+
+
+def encode_signed_part(report: Report) -> bytes:
+    """Everything before the signature: the bytes the GPU signs."""
+    record = b"".join(
+        bytes((block.index, _DMTF))
+        + (3 + len(block.value)).to_bytes(2, "little")
+        + bytes((block.value_type,))
+        + len(block.value).to_bytes(2, "little")
+        + block.value
+        for block in report.measurements
+    )
+    opaque = b"".join(
+        item.kind.to_bytes(2, "little") + len(item.value).to_bytes(2, "little") + item.value for item in report.opaque
+    )
+    return b"".join(
+        (
+            bytes((_VERSION, _GET_MEASUREMENTS, _WITH_SIGNATURE, _ALL_MEASUREMENTS)),
+            report.nonce,
+            bytes((report.slot, _VERSION, _MEASUREMENTS)),
+            report.response_params,
+            bytes((len(report.measurements),)),
+            len(record).to_bytes(3, "little"),
+            record,
+            report.responder_nonce,
+            len(opaque).to_bytes(2, "little"),
+            opaque,
+        )
+    )
+
+
+def signed_part(data: bytes) -> bytes:
+    """The exact received bytes the signature goes over; `data` is a report that parses."""
+    return data[:-SIGNATURE_BYTES]
+
+
+def _parse_measurement(record: Reader) -> Measurement:
+    index = record.uint(1, "index")
+    if not 1 <= index <= 254:
+        raise FormatError(f"spdm.index: expected 1 to 254, got {index}", code="spdm.index")
+    record.expect(_DMTF, 1, "measurement_specification")
+    block = Reader(record.take(record.uint(2, "measurement_size"), "measurement"), "spdm")
+    value_type = block.uint(1, "value_type")
+    value = block.take(block.uint(2, "value_size"), "value")
+    block.end()
+    return Measurement(index=index, value_type=value_type, value=value)
+
+
+def _parse_opaque(reader: Reader) -> tuple[Opaque, ...]:
+    records: list[Opaque] = []
+    while reader.left:
+        kind = reader.uint(2, "opaque_type")
+        records.append(Opaque(kind=kind, value=reader.take(reader.uint(2, "opaque_value_size"), "opaque_value")))
+    if len({record.kind for record in records}) != len(records):
+        raise FormatError("spdm.opaque: expected each opaque type once", code="spdm.opaque_duplicate")
+    return tuple(records)
