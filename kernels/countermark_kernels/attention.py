@@ -1,0 +1,187 @@
+"""Causal attention over an int8 key-value cache, in two passes whose reductions are integers or exact maxima.
+
+For one query row at position p, over the tokens t <= p of its sequence (c = binary32(log2(e) / (d * sqrt(d))): the
+1/sqrt(d) of attention and the 1/d of the two unnormalised Hadamard transforms):
+
+    S = q . k_t                              int32
+    s = (float(S) * (s_q * c)) * s_k
+    pass 1   m = max s;  m' = max (s + lambda),  lambda = the least integer with 2^lambda >= s_v (-127 for s_v = 0)
+    pass 2   E = exp2(max(s - m, -126))
+             D = sum rint(E * 65536)         int64
+             g = div(16256, exp2(clamp(m' - m, -64, 126)))
+             n = min(rint((E * s_v) * g), 16256)
+             N = sum n * v_t                 int64 (16256 = 127 * 128: two int8 planes, or int16)
+             o = div(float(N) * 65536, float(D) * g)
+
+Integer: S, D, N, n. Binary32: the rest, one rounding per operation. A maximum of binary32 values and sums of integers
+are free of order, so no bit depends on how tokens are split into blocks, chunks, steps or threads, nor on which other
+rows are computed beside this one: a prompt processed at once, in chunks, or token by token gives the same bits.
+Online rescaling of a running maximum is forbidden: it rounds differently per split.
+
+The clamp of m' - m keeps D * g under 2^112. At most 133,144 tokens, so that int32 partial sums cannot overflow where
+a back end keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from countermark_kernels import ieee
+from countermark_kernels.binding import check
+from countermark_kernels.linear import chunked_product, split
+from countermark_kernels.rope import HEAD_SIZES, Heads
+
+CONTEXT_MAX = 133_144
+TOKEN_BLOCK = 16
+P_MAX = 16256
+_QUERY_BLOCK = 128
+
+
+def score_constant(head_dim: int) -> float:
+    """binary32(log2(e) / (d sqrt d)): 0x1.715476p-9 for 64."""
+    return ieee.f32(math.log2(math.e) / (head_dim * math.sqrt(head_dim)))
+
+
+class KvCache:
+    """Keys and values of one sequence, every layer, for up to `capacity` tokens (rounded up to a multiple of 16).
+
+    Layouts: k [layers, kv_heads, capacity/16, d/4, 16, 4] int8: 16 tokens by 4 channels make 64 contiguous bytes, the
+    operand of an int8 dot product instruction; v [layers, kv_heads, capacity/2, d, 2] int8: token pairs; s_k, s_v
+    [layers, kv_heads, capacity] f32. Rows past the last append hold anything; attention never reads them into a result.
+    """
+
+    __slots__ = ("capacity", "head_dim", "k", "kv_heads", "layers", "s_k", "s_v", "v")
+
+    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, capacity: int) -> None:
+        if not 1 <= capacity <= CONTEXT_MAX:
+            raise ieee.NumericsError(
+                f"context: expected 1..{CONTEXT_MAX} tokens, got {capacity}", code="numerics.context"
+            )
+        if head_dim not in HEAD_SIZES:
+            raise ValueError(f"head_dim: expected 64 or 128, got {head_dim}")
+        blocks = (capacity + TOKEN_BLOCK - 1) // TOKEN_BLOCK
+        self.layers, self.kv_heads, self.head_dim, self.capacity = layers, kv_heads, head_dim, blocks * TOKEN_BLOCK
+        self.k = torch.zeros(layers, kv_heads, blocks, head_dim // 4, TOKEN_BLOCK, 4, dtype=torch.int8)
+        self.v = torch.zeros(layers, kv_heads, self.capacity // 2, head_dim, 2, dtype=torch.int8)
+        self.s_k = torch.zeros(layers, kv_heads, self.capacity)
+        self.s_v = torch.zeros(layers, kv_heads, self.capacity)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the four tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.s_k, self.s_v))
+
+    def append(self, layer: int, heads: Heads, start: int, end: int, position: int) -> None:
+        """Write rows start..end of `heads` as the tokens position, position + 1, ... of `layer`."""
+        stop = position + end - start
+        if not (0 <= start <= end <= heads.k.shape[0] and position >= 0 and stop <= self.capacity):
+            raise ValueError(f"rows: expected to fit a capacity of {self.capacity}, got {position}..{stop}")
+        tokens = torch.arange(position, stop)
+        k = heads.k[start:end].transpose(0, 1).reshape(self.kv_heads, end - start, self.head_dim // 4, 4)
+        self.k[layer][:, tokens // TOKEN_BLOCK, :, tokens % TOKEN_BLOCK] = k.transpose(0, 1)
+        self.v[layer][:, tokens // 2, :, tokens % 2] = heads.v[start:end]
+        self.s_k[layer, :, position:stop] = heads.s_k[start:end].T
+        self.s_v[layer, :, position:stop] = heads.s_v[start:end].T
+
+    def keys(self, layer: int, head: int, tokens: int) -> Tensor:
+        """The first `tokens` keys of a head as [tokens, d] int8."""
+        return self.k[layer, head].transpose(1, 2).reshape(self.capacity, self.head_dim)[:tokens]
+
+    def values(self, layer: int, head: int, tokens: int) -> Tensor:
+        """The first `tokens` values of a head as [tokens, d] int8."""
+        return self.v[layer, head].transpose(1, 2).reshape(self.capacity, self.head_dim)[:tokens]
+
+    def copy_prefix(self, source: KvCache, tokens: int) -> None:
+        """Take over the first `tokens` tokens of `source`, a cache of the same shape but for its capacity."""
+        if (source.layers, source.kv_heads, source.head_dim) != (self.layers, self.kv_heads, self.head_dim):
+            raise ValueError("source: expected a cache of the same layers, kv_heads and head_dim, got another")
+        if not 0 <= tokens <= min(self.capacity, source.capacity):
+            raise ValueError(f"tokens: expected 0..{min(self.capacity, source.capacity)}, got {tokens}")
+        blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
+        self.k[:, :, :blocks] = source.k[:, :, :blocks]
+        self.v[:, :, : blocks * 8] = source.v[:, :, : blocks * 8]
+        self.s_k[:, :, :tokens] = source.s_k[:, :, :tokens]
+        self.s_v[:, :, :tokens] = source.s_v[:, :, :tokens]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Span:
+    """Rows start..end of a ragged batch are the tokens position.. of the sequence in `cache`."""
+
+    cache: KvCache
+    start: int
+    end: int
+    position: int
+
+
+def reference(q: Tensor, s_q: Tensor, positions: Tensor, *, k: Tensor, s_k: Tensor, v: Tensor, s_v: Tensor) -> Tensor:
+    """One kv head: q: [R, d] int8, s_q: [R] f32, positions: [R] int, k, v: [L, d] int8, s_k, s_v: [L] f32 -> [R, d]."""
+    tokens = torch.arange(k.shape[0])
+    visible = tokens.unsqueeze(0) <= positions.unsqueeze(1)
+    hidden = ~visible
+    total = chunked_product(q, split(k))
+    s = (ieee.to_f32(total) * (s_q * score_constant(q.shape[1])).unsqueeze(-1)) * s_k
+    s = s.masked_fill(hidden, 0.0)
+    ieee.amax(s)
+    m = s.masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True)
+    m2 = (s + ieee.ceil_exponent(s_v).to(torch.float32)).masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True)
+    e = ieee.exp2(torch.clamp(s - m, min=-126.0)).masked_fill(hidden, 0.0)
+    d = ieee.rint(e * 65536.0).to(torch.int64).sum(dim=-1, keepdim=True, dtype=torch.int64)
+    g = ieee.div(ieee.constant(float(P_MAX), s), ieee.exp2(torch.clamp(m2 - m, -64.0, 126.0)))
+    n = torch.clamp(ieee.rint((e * s_v) * g), max=float(P_MAX)).to(torch.int32)
+    planes = split(v.T)
+    high, low = ((chunked_product(part.to(torch.int8), planes)).to(torch.int64) for part in (n >> 7, n & 127))
+    return ieee.div(ieee.to_f32(high * 128 + low) * 65536.0, ieee.to_f32(d) * g)
+
+
+def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tensor:
+    """q: [T, heads, d] int8, s_q: [T, heads] f32 -> [T, heads * d] f32.
+
+    `spans` cover rows 0..T in order, without gaps. Each row attends to every token of its sequence up to its own,
+    whose keys and values (its own included) are in the cache: append first. Query head h reads kv head
+    h // (heads / kv_heads). Raises NumericsError `numerics.not_finite` where a score overflows.
+    """
+    check("q", q, torch.int8, (None, None, None))
+    rows, heads, head_dim = q.shape
+    check("s_q", s_q, torch.float32, (rows, heads))
+    check_spans(spans, rows, heads, head_dim)
+    out = torch.empty(rows, heads, head_dim)
+    for span in spans:
+        group = heads // span.cache.kv_heads
+        for kv_head in range(span.cache.kv_heads):
+            mine = slice(kv_head * group, (kv_head + 1) * group)
+            for start in range(span.start, span.end, _QUERY_BLOCK):
+                end = min(start + _QUERY_BLOCK, span.end)
+                length = span.position + end - span.start
+                positions = torch.arange(length - (end - start), length).repeat_interleave(group)
+                out[start:end, mine] = reference(
+                    q[start:end, mine].reshape(-1, head_dim),
+                    s_q[start:end, mine].reshape(-1),
+                    positions,
+                    k=span.cache.keys(layer, kv_head, length),
+                    s_k=span.cache.s_k[layer, kv_head, :length],
+                    v=span.cache.values(layer, kv_head, length),
+                    s_v=span.cache.s_v[layer, kv_head, :length],
+                ).reshape(end - start, group, head_dim)
+    return out.reshape(rows, heads * head_dim)
+
+
+def check_spans(spans: Sequence[Span], rows: int, heads: int, head_dim: int) -> None:
+    """Raise ValueError unless the spans tile rows 0..`rows` and their caches fit the heads and the positions."""
+    at = 0
+    for span in spans:
+        cache = span.cache
+        if span.start != at or span.end <= span.start:
+            raise ValueError(f"spans: expected one that starts at row {at}, got {span.start}..{span.end}")
+        if cache.head_dim != head_dim or heads % cache.kv_heads:
+            raise ValueError(f"spans: expected a cache for {heads} heads of {head_dim}, got another")
+        if span.position < 0 or span.position + span.end - span.start > cache.capacity:
+            raise ValueError(f"spans: expected positions within {cache.capacity}, got {span.position}")
+        at = span.end
+    if at != rows:
+        raise ValueError(f"spans: expected to cover {rows} rows, got {at}")
