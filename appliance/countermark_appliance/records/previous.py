@@ -1,0 +1,218 @@
+"""The log of the boot before: found, verified under the keys of its EPOCH, completed, and carried forward.
+
+A boot's directory holds `epoch` (its EPOCH record, that record's salt, and the keys) and `journal`. Verified here, in
+this order: 1 the sidecar parses and its keys are the ones the EPOCH names · 2 every leaf parses, stands at its own
+index and names this boot · 3 leaf 0 commits to the EPOCH · 4 the last checkpoint is signed by both log keys and is the
+head of exactly these leaves · 5 no published checkpoint is signed by them for a larger log. An incomplete last frame is
+cut; it was never acknowledged.
+
+Not checked here: the quote behind the EPOCH's keys. The disk is the host's, who may present an older log or none; what
+this finds is damage, and what it carries forward lets whoever holds a later receipt prove the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ed25519, mldsa
+
+from countermark.errors import FormatError, LogError
+from countermark.formats import cbor
+from countermark.formats.records import (
+    Epoch,
+    Kind,
+    Leaf,
+    commitment,
+    encode_record,
+    parse_epoch,
+    parse_leaf,
+)
+from countermark.formats.report_data import RoleKey, keys_digest, keys_from_value, keys_value
+from countermark.tlog.checkpoint import ED25519, LogKeys, verify_checkpoint
+from countermark.tlog.merkle import Tree, leaf_hash
+from countermark_appliance.records.journal import Tail, cut, leaf_at, leaf_offsets, read_journal, sync_directory
+from countermark_appliance.records.publish import publish
+
+SIDECAR: Final = "epoch"
+_MAX_SIDECAR_BYTES: Final = 512 * 1024
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sidecar:
+    """What a boot leaves beside its journal so that the next one can check it."""
+
+    epoch: Epoch
+    salt: bytes
+    keys: tuple[RoleKey, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreviousLog:
+    """A verified log that no one appends to any more."""
+
+    epoch: Epoch
+    size: int
+    root: bytes
+    epoch_leaf: bytes
+    open_intents: tuple[bytes, ...]  # leaf hashes of INTENTs that have no end, in log order
+    torn_bytes: int
+
+
+def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
+    """Write it whole and durably."""
+    value = {"record": encode_record(sidecar.epoch), "salt": sidecar.salt, "keys": keys_value(sidecar.keys)}
+    aside = directory / f"{SIDECAR}.new"
+    with aside.open("xb") as file:
+        file.write(cbor.encode(value))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(directory / SIDECAR)
+    sync_directory(directory)
+
+
+def read_sidecar(directory: Path) -> Sidecar:
+    """Step 1. Raises `LogError` (`log.previous`)."""
+    path = directory / SIDECAR
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_SIDECAR_BYTES + 1)
+        value = cbor.fields(
+            cbor.decode(data, max_bytes=_MAX_SIDECAR_BYTES), "epoch", record=bytes, salt=bytes, keys=list
+        )
+        sidecar = Sidecar(epoch=parse_epoch(value["record"]), salt=value["salt"], keys=keys_from_value(value["keys"]))
+        if keys_digest(sidecar.keys) != sidecar.epoch.keys_digest or len(sidecar.salt) != 32:
+            raise FormatError("epoch: the keys are not the ones the record names", code="epoch.keys")
+    except FormatError as err:
+        raise _bad(directory, str(err)) from err
+    return sidecar
+
+
+def find_previous(root: Path) -> PreviousLog | None:
+    """The newest log below `root`, verified and completed; None when there is none.
+
+    Directories of starts that never got as far as a durable EPOCH are passed over. Raises `LogError` (`log.previous`,
+    `log.damaged`, `log.lost`): move the directory away to start without a predecessor, which the EPOCH then states.
+    """
+    found: list[tuple[Sidecar, Path]] = []
+    for directory in sorted(path for path in root.iterdir() if path.is_dir()):
+        if not (directory / SIDECAR).exists() or not (directory / "journal").exists():
+            _log.warning("log: %s: a start that did not complete; passed over", directory.name)
+            continue
+        found.append((read_sidecar(directory), directory))
+    for sidecar, directory in sorted(found, key=lambda item: item[0].epoch.epoch, reverse=True):
+        if directory.name != sidecar.epoch.boot_id.hex():
+            raise _bad(directory, "the name is not the boot id of its EPOCH")
+        if (previous := _read(sidecar, directory)) is not None:
+            return previous
+        _log.warning("log: %s: a start that did not complete; passed over", directory.name)
+    return None
+
+
+def _read(sidecar: Sidecar, directory: Path) -> PreviousLog | None:
+    """Steps 2 to 5; None when the log holds nothing."""
+    epoch = sidecar.epoch
+    tree, offsets = Tree(), array("Q")
+    first = b""
+    open_intents: dict[bytes, None] = {}
+    checkpoint, tail = b"", Tail(end=0, torn_bytes=0)
+    for item in read_journal(directory / "journal"):
+        if isinstance(item, Tail):
+            tail = item
+            continue
+        for data in item.leaves:
+            leaf = _leaf(directory, data, tree.size, epoch)
+            hashed = leaf_hash(data)
+            if leaf.kind is Kind.INTENT:
+                open_intents[hashed] = None
+            elif leaf.intent_leaf is not None:
+                open_intents.pop(leaf.intent_leaf, None)
+            first = first or data
+            tree.append(hashed)
+        offsets.extend(leaf_offsets(item))
+        checkpoint = item.checkpoint
+    if not tree.size:
+        return None
+    if parse_leaf(first).commitment != commitment(Kind.EPOCH, sidecar.salt, encode_record(epoch)):
+        raise _bad(directory, "leaf 0 does not commit to the EPOCH")
+    keys = log_keys(sidecar.keys)
+    try:
+        head = verify_checkpoint(checkpoint, epoch.origin, keys, verify_signature)
+    except (FormatError, LogError) as err:
+        raise _bad(directory, str(err)) from err
+    if (head.size, head.root) != (tree.size, tree.root()):
+        raise _bad(directory, "the last checkpoint is not the head of the leaves")
+    _check_nothing_lost(directory, epoch, keys, head.size)
+    if tail.torn_bytes:
+        _log.warning("log: %s: cut an incomplete record of %d bytes", directory.name, tail.torn_bytes)
+    cut(directory / "journal", tail.end)
+    _complete(directory, tree, offsets, checkpoint)
+    return PreviousLog(
+        epoch=epoch,
+        size=tree.size,
+        root=tree.root(),
+        epoch_leaf=tree.node(0, 0),
+        open_intents=tuple(open_intents),
+        torn_bytes=tail.torn_bytes,
+    )
+
+
+def _complete(directory: Path, tree: Tree, offsets: array[int], checkpoint: bytes) -> None:
+    """Write every published file again: they were never synced."""
+    with (directory / "journal").open("rb") as file:
+        fd = file.fileno()
+
+        def leaves(start: int, count: int) -> tuple[bytes, ...]:
+            return tuple(leaf_at(fd, offset) for offset in offsets[start : start + count])
+
+        publish(directory, tree.size, checkpoint, tree.node, leaves, since=0)
+
+
+def _leaf(directory: Path, data: bytes, index: int, epoch: Epoch) -> Leaf:
+    try:
+        leaf = parse_leaf(data)
+    except FormatError as err:
+        raise _bad(directory, str(err)) from err
+    if leaf.sequence != index or leaf.boot_id != epoch.boot_id:
+        raise _bad(directory, f"leaf {index} names another place or boot")
+    return leaf
+
+
+def _check_nothing_lost(directory: Path, epoch: Epoch, keys: LogKeys, size: int) -> None:
+    """Step 5: a published checkpoint was acknowledged before, so the journal must reach as far."""
+    try:
+        published = verify_checkpoint((directory / "checkpoint").read_bytes(), epoch.origin, keys, verify_signature)
+    except (OSError, FormatError, LogError):
+        return  # absent, or not by these keys: it proves nothing
+    if published.size > size:
+        message = f"log: {directory.name}: {published.size} leaves were published, the journal has {size}"
+        raise LogError(message, code="log.lost")
+
+
+def log_keys(keys: tuple[RoleKey, ...]) -> LogKeys:
+    """The two log keys of a boot's five."""
+    by_role = {item.role: item.key.public for item in keys}
+    return LogKeys(ed25519=by_role["log-ed25519"], ml_dsa_44=by_role["log-ml-dsa-44"])
+
+
+def verify_signature(kind: int, public_key: bytes, signature: bytes, message: bytes) -> bool:
+    """`tlog.checkpoint.VerifySignature` for the two types our logs use."""
+    try:
+        if kind == ED25519:
+            ed25519.Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
+        else:
+            mldsa.MLDSA44PublicKey.from_public_bytes(public_key).verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _bad(directory: Path, why: str) -> LogError:
+    message = f"log: {directory.name}: the previous log does not verify: {why}; move it away to start without it"
+    return LogError(message, code="log.previous")
