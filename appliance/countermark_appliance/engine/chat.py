@@ -1,0 +1,117 @@
+"""Chat messages to token ids through the artefact's own Jinja template.
+
+Determinism: the template sees the messages, the special tokens' names and nothing else. No clock, no randomness, no
+globals beyond `range`, `dict`, `namespace` and `raise_exception`; calling anything else (`strftime_now`, `lipsum`,
+`|random`) is refused by name. Only plain values may be printed, because a function's text holds a memory address.
+Environment: jinja2 `ImmutableSandboxedEnvironment` with trim_blocks and lstrip_blocks, as templates are written for.
+
+No smuggling: a message that contains the text of a special token, such as `<|im_start|>`, must not produce that token.
+Before rendering, every such text in a role or content gets a *mark* behind its first character: one private-use
+character that occurs nowhere in template or messages. After rendering, what still reads as a special token was written
+by the template and becomes the token; everything else is encoded as ordinary text with the marks removed. The template
+may trim, split or reorder contents meanwhile. What the model sees is the user's exact text, spelled in ordinary tokens.
+Tokens that the tokenizer adds without calling them special (`<think>` in Qwen3) are ordinary vocabulary to everyone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from countermark.errors import FormatError, RequestError
+from countermark_appliance.engine.request import Message
+from countermark_appliance.engine.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+MAX_MESSAGES = 1024
+_NAMES_OF_CHANCE = frozenset({"strftime_now", "now", "datetime", "date", "time", "random", "uuid", "uuid4", "lipsum"})
+_MARKS = range(0xF0000, 0xF0000 + 4096)  # supplementary private use area A
+
+
+class ChatTemplate:
+    """One compiled template. Thread-safe: nothing changes after construction."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer, *, special_names: dict[str, str]) -> None:
+        """`special_names`: what the template may call special tokens, such as bos_token -> its text.
+
+        Raises `FormatError`: `chat.template` (does not compile), `chat.nondeterministic` (names a clock or randomness).
+        """
+        self._source = source
+        self._tokenizer = tokenizer
+        self._names = dict(special_names)
+        environment = _environment()
+        try:
+            tree = environment.parse(source)
+            chance = meta.find_undeclared_variables(tree) & _NAMES_OF_CHANCE
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as err:
+            raise FormatError(f"chat_template: {err!s:.200}", code="chat.template") from err
+        if chance:
+            raise FormatError(
+                f"chat_template: expected no clock and no randomness, got {sorted(chance)}",
+                code="chat.nondeterministic",
+            )
+
+    def render(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """The rendered text and the mark in it. Raises `RequestError`: `request.messages`, `request.template`."""
+        _check(messages)
+        mark = self._mark(messages)
+        turns = [{"role": m.role, "content": self._tokenizer.mark_special(m.content, mark)} for m in messages]
+        try:
+            text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as err:
+            raise RequestError(
+                f"messages: the chat template refuses them: {err!s:.200}", code="request.template"
+            ) from err
+        return text, mark
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Messages, with the opening of the assistant's turn, to token ids."""
+        text, mark = self.render(messages)
+        return self._tokenizer.encode_marked(text, mark)
+
+    def _mark(self, messages: Sequence[Message]) -> str:
+        used = set(self._source).union(*(m.content for m in messages))
+        for code in _MARKS:
+            if chr(code) not in used:
+                return chr(code)
+        raise RequestError("messages: expected ordinary text", code="request.messages")
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise RequestError(f"messages: expected 1 to {MAX_MESSAGES}, got {len(messages)}", code="request.messages")
+    for message in messages:
+        if message.role not in ROLES:
+            raise RequestError(f"role: expected one of {ROLES}, got {message.role!r:.40}", code="request.role")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, autoescape=False, finalize=_plain, extensions=["jinja2.ext.loopcontrols"]
+    )
+    keep = {name: environment.globals[name] for name in ("range", "dict", "namespace")}
+    environment.globals.clear()
+    environment.globals.update(keep, raise_exception=_raise)
+    del environment.filters["random"]
+    environment.filters["tojson"] = _tojson
+    return environment
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, str | int | float | jinja2.Undefined):
+        return value
+    raise TypeError(f"prints a {type(value).__name__}")
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    """As Hugging Face templates expect it: no HTML escapes."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

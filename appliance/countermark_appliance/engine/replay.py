@@ -1,0 +1,176 @@
+"""Run a recorded answer again on this machine: `audit` in one teacher-forced pass, `regenerate` token by token.
+
+Audit works because prefill equals decode in the exact profile: the logits of every position come out of one pass over
+prompt and output, and at each position the profile's own sampler must pick the recorded token and the fingerprint must
+be the recorded one. Satisfies `countermark.replay.Runner` structurally; plain types only. Not checked here: that the
+record is genuine; the caller has verified it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from countermark.errors import FormatError
+from countermark_appliance.engine import weights
+from countermark_appliance.engine.draw import Row, draw
+from countermark_appliance.engine.engine import cpu_model, engine_version
+from countermark_appliance.engine.model import Chunk, Model
+from countermark_appliance.engine.sampling import ResolvedSampling
+from countermark_appliance.engine.selftest import self_test
+from countermark_appliance.engine.text import TextStream
+from countermark_appliance.engine.tokenizer import Tokenizer
+from countermark_appliance.engine.weights import Artefact
+from countermark_kernels import PROFILE, kernel_digest, launch
+from countermark_kernels.sampler import SamplerParams
+
+PROMPT_STEP = 512
+OUTPUT_STEP = 128  # rows of logits held at a time
+
+
+def load_runner(weights_dir: Path) -> ExactRunner:
+    """Load an artefact, every block verified against its root, on all cores.
+
+    Raises `WeightsError` (which block), `FormatError`, `VerificationError` (`engine.self_test`).
+    """
+    launch.set_threads(len(os.sched_getaffinity(0)))
+    return ExactRunner(weights.load(weights_dir, verify=True))
+
+
+class ExactRunner:
+    """Executes profile `exact-v0` with one set of weights."""
+
+    def __init__(self, artefact: Artefact) -> None:
+        self._artefact = artefact
+        self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=artefact.config.vocab)
+        self._model = Model(artefact)
+        self_test(self._model)
+
+    @property
+    def profile(self) -> str:
+        return PROFILE
+
+    @property
+    def weights_root(self) -> bytes:
+        return self._artefact.weights_root
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {
+            "kernel_digest": kernel_digest().hex(),
+            "engine": engine_version(),
+            "torch": torch.__version__,
+            "cpu": cpu_model(),
+            "backend": launch.backend(),
+            "gpus": "",
+        }
+
+    def audit(
+        self,
+        prompt_tokens: tuple[int, ...],
+        output_tokens: tuple[int, ...],
+        fingerprints: tuple[bytes, ...],
+        sampling: Mapping[str, object],
+    ) -> Mapping[str, object] | None:
+        """None when every token and every fingerprint is as recorded; else the first difference.
+
+        The difference: `position` (index into the output), `recorded_token`, `local_token`, `fingerprint_equal`,
+        `logit_gap` (raw logit of the local token minus that of the recorded one), `recorded_fingerprint`,
+        `local_fingerprint`. Raises `FormatError` (`replay.tokens`, `replay.sampling`).
+        """
+        tokens = self._checked(prompt_tokens, output_tokens)
+        if len(fingerprints) != len(output_tokens):
+            raise FormatError(
+                f"fingerprints: expected {len(output_tokens)}, got {len(fingerprints)}", code="replay.tokens"
+            )
+        params = kernel_params(sampling)
+        prompt = len(prompt_tokens)
+        for first, logits in self._teacher_forced(tokens, prompt):
+            rows = [Row(params=params, tokens=tokens, prompt=prompt, length=first + i) for i in range(logits.shape[0])]
+            ids, marks = draw(logits, rows)
+            for i, (token, mark) in enumerate(zip(ids, marks, strict=True)):
+                at = first + i - prompt
+                if token != output_tokens[at] or mark != fingerprints[at]:
+                    return _difference(at, logits[i], output_tokens[at], token, fingerprints[at], mark)
+        return None
+
+    def regenerate(
+        self,
+        prompt_tokens: tuple[int, ...],
+        max_tokens: int,
+        stop: tuple[str, ...],
+        ignore_eos: bool,
+        sampling: Mapping[str, object],
+    ) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+        """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
+        tokens = self._checked(prompt_tokens, ())
+        params = kernel_params(sampling)
+        stop_tokens = () if ignore_eos else self._artefact.config.eos_ids
+        limit = min(max_tokens, self._model.context - len(tokens))
+        text = TextStream(stop)
+        cache, done = self._model.new_cache(), 0
+        marks: list[bytes] = []
+        while len(marks) < limit:
+            end = min(done + PROMPT_STEP, len(tokens))
+            chunk = Chunk(cache=cache, start=done, tokens=tokens[done:end], logits=int(end == len(tokens)))
+            logits = self._model.forward([chunk])
+            done = end
+            if not chunk.logits:
+                continue
+            rows = [Row(params=params, tokens=tokens, prompt=len(prompt_tokens), length=len(tokens))]
+            (token,), (mark,) = draw(logits, rows)
+            tokens.append(token)
+            marks.append(mark)
+            text.push(self._tokenizer.token_bytes(token))
+            if token in stop_tokens or text.stopped:
+                break
+        return tuple(tokens[len(prompt_tokens) :]), tuple(marks)
+
+    def _teacher_forced(self, tokens: list[int], prompt: int) -> Iterator[tuple[int, Tensor]]:
+        """Logits [rows, vocab] of every position before an output token, in steps; with the first one's length."""
+        cache, done, end = self._model.new_cache(), 0, len(tokens) - 1
+        while done < end:
+            stop = min(end, done + PROMPT_STEP) if done < prompt - 1 else min(end, done + OUTPUT_STEP)
+            if done < prompt - 1 < stop:
+                stop = min(stop, prompt - 1 + OUTPUT_STEP)
+            wanted = max(0, stop - max(done, prompt - 1))
+            logits = self._model.forward([Chunk(cache=cache, start=done, tokens=tokens[done:stop], logits=wanted)])
+            done = stop
+            if wanted:
+                yield done - wanted + 1, logits
+
+    def _checked(self, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
+        tokens = [*prompt, *output]
+        room = self._model.context
+        if not prompt or len(tokens) > room or not all(0 <= t < self._model.vocab for t in tokens):
+            raise FormatError(
+                f"tokens: expected a prompt, at most {room} tokens, ids below {self._model.vocab}", code="replay.tokens"
+            )
+        return tokens
+
+
+def kernel_params(sampling: Mapping[str, Any]) -> SamplerParams:
+    """The recorded settings as the kernel takes them. Raises `FormatError` (`replay.sampling`)."""
+    try:
+        return ResolvedSampling(**sampling).kernel_params()
+    except (TypeError, ValueError, OverflowError) as err:
+        raise FormatError(f"sampling: {err!s:.200}", code="replay.sampling") from err
+
+
+def _difference(
+    position: int, logits: Tensor, recorded: int, local: int, recorded_mark: bytes, local_mark: bytes
+) -> Mapping[str, object]:
+    return {
+        "position": position,
+        "recorded_token": recorded,
+        "local_token": local,
+        "fingerprint_equal": recorded_mark == local_mark,
+        "logit_gap": float(logits[local]) - float(logits[recorded]),
+        "recorded_fingerprint": recorded_mark.hex(),
+        "local_fingerprint": local_mark.hex(),
+    }

@@ -1,0 +1,55 @@
+"""Before the engine serves: do the kernels compute the profile on this machine, and does the whole pass hang together?
+
+First the kernels' own known-answer tests. Then a fixed prompt is computed in one piece and again in uneven pieces beside
+a neighbour; every fingerprint must be equal. That also warms up what is allocated lazily. Not checked here: that the
+weights give good answers; `bench/quality.py` measures that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from countermark.errors import VerificationError
+from countermark_appliance.engine.model import Chunk, Model
+from countermark_kernels import launch
+from countermark_kernels.fingerprint import encode, fingerprint
+from countermark_kernels.ieee import NumericsError
+
+LENGTH = 40
+CUTS = (0, 1, 8, 25, LENGTH)
+
+
+def self_test(model: Model) -> bytes:
+    """SHA-256 over the fingerprints of the fixed prompt. Raises `VerificationError` (`engine.self_test`)."""
+    try:
+        launch.self_test()
+        length = min(LENGTH, model.context)
+        prompt = [(i * 7919 + 13) % model.vocab for i in range(length)]
+        whole = _fingerprints(model.forward([Chunk(cache=model.new_cache(), start=0, tokens=prompt, logits=length)]))
+        pieces = _in_pieces(model, prompt)
+    except NumericsError as err:
+        raise VerificationError(f"self-test: {err}", code="engine.self_test") from err
+    for i, (one, other) in enumerate(zip(whole, pieces, strict=True)):
+        if one != other:
+            raise VerificationError(
+                f"self-test: position {i}: expected fingerprint {one.hex()}, got {other.hex()} in another chunking",
+                code="engine.self_test",
+            )
+    return hashlib.sha256(b"".join(whole)).digest()
+
+
+def _in_pieces(model: Model, prompt: list[int]) -> list[bytes]:
+    cache, other = model.new_cache(), model.new_cache()
+    found: list[bytes] = []
+    for start, end in zip(CUTS, CUTS[1:], strict=False):
+        mine = Chunk(cache=cache, start=start, tokens=prompt[start:end], logits=len(prompt[start:end]))
+        neighbour = Chunk(cache=other, start=start, tokens=prompt[::-1][start:end], logits=0)
+        if mine.tokens:
+            found += _fingerprints(model.forward([neighbour, mine]))
+    return found
+
+
+def _fingerprints(logits: torch.Tensor) -> list[bytes]:
+    return encode(fingerprint(logits, logits.shape[1]))

@@ -1,0 +1,127 @@
+"""One request inside the engine: its tokens so far, its cache, its text, and when it is over.
+
+A sequence belongs to the engine's thread; only `cancel` may be called from elsewhere. It emits one `TokensEvent` for each
+token and exactly one `DoneEvent`. A sink that raises ends its own sequence and nobody else's.
+"""
+
+from __future__ import annotations
+
+import time
+
+from countermark_appliance.engine.draw import Row
+from countermark_appliance.engine.model import Cache
+from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Sink, TokensEvent
+from countermark_appliance.engine.text import TextStream
+from countermark_appliance.engine.tokenizer import Tokenizer
+
+
+class Sequence:
+    """One request being served. `computed`: how many of `tokens` have their keys and values in `cache`."""
+
+    def __init__(self, prepared: Prepared, sink: Sink, tokenizer: Tokenizer, *, deadline: float | None) -> None:
+        """`deadline`: on the monotonic clock."""
+        self.prepared = prepared
+        self._params = prepared.sampling.kernel_params()
+        self.tokens = list(prepared.prompt_tokens)
+        self.computed = 0
+        self.cache: Cache | None = None
+        self.done = False
+        self._sink = sink
+        self._tokenizer = tokenizer
+        self._deadline = deadline
+        self._cancelled = False
+        self._text = TextStream(prepared.stop)
+        self._released: list[str] = []
+        self._fingerprints: list[bytes] = []
+        self._first_token_time: float | None = None
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    def row(self) -> Row:
+        """For drawing the next token."""
+        tokens = self.tokens
+        return Row(params=self._params, tokens=tokens, prompt=len(self.prepared.prompt_tokens), length=len(tokens))
+
+    def overdue(self, now: float) -> Finish | None:
+        """Why the sequence must end before another step, if it must. `now`: monotonic."""
+        if self._cancelled:
+            return Finish.CANCELLED
+        if self._deadline is not None and now >= self._deadline:
+            return Finish.DEADLINE
+        return None
+
+    def accept(self, token: int, fingerprint: bytes) -> None:
+        """Append a sampled token, emit it, and finish if it was the last."""
+        if self._first_token_time is None:
+            self._first_token_time = time.time()
+        self.tokens.append(token)
+        self._fingerprints.append(fingerprint)
+        text = self._text.push(self._tokenizer.token_bytes(token))
+        reason = self._ending(token)
+        if reason is not None:
+            text += self._text.finish()
+        self._emit_tokens((token,), text)
+        if reason is not None:
+            self.finish(reason)
+
+    def finish(self, reason: Finish, detail: str = "") -> None:
+        """Emit what is still held back and the `DoneEvent`; let go of the cache. Does nothing the second time."""
+        if self.done:
+            return
+        rest = self._text.finish()
+        if rest:
+            self._emit_tokens((), rest)
+        if self.done:  # the sink failed just now
+            return
+        self.done = True
+        self.cache = None
+        self._emit(self._done_event(reason, detail))
+
+    def _ending(self, token: int) -> Finish | None:
+        if token in self.prepared.stop_tokens:
+            return Finish.EOS
+        if self._text.stopped:
+            return Finish.STOP
+        if len(self._fingerprints) == self.prepared.max_tokens:
+            return Finish.LENGTH
+        return None
+
+    def _done_event(self, reason: Finish, detail: str) -> DoneEvent:
+        return DoneEvent(
+            reason=reason,
+            output_tokens=tuple(self.tokens[len(self.prepared.prompt_tokens) :]),
+            text="".join(self._released),
+            fingerprints=tuple(self._fingerprints),
+            prompt_tokens=len(self.prepared.prompt_tokens),
+            cached_tokens=0,
+            first_token_time=self._first_token_time,
+            end_time=time.time(),
+            detail=detail,
+        )
+
+    def _emit_tokens(self, ids: tuple[int, ...], text: str) -> None:
+        self._released.append(text)
+        self._emit(TokensEvent(ids=ids, text=text))
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self._sink(event)
+        except Exception as err:  # noqa: BLE001  the sink is the caller's; its bug must not end anybody else's answer
+            if not self.done:
+                self.done = True
+                self.cache = None
+                self._sink_failed(err)
+
+    def _sink_failed(self, err: Exception) -> None:
+        """One attempt to tell the sink that it is over; it may well fail again."""
+        detail = f"sink: {type(err).__name__}"
+        try:
+            self._sink(self._done_event(Finish.ERROR, detail))
+        except Exception:  # noqa: BLE001, S110  nobody is left to tell
+            pass
