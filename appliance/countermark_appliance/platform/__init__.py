@@ -1,0 +1,1 @@
+"""Where evidence comes from: one interface (`base.Platform`), one back end for each way to get a quote."""
