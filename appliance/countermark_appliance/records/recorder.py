@@ -21,10 +21,10 @@ from countermark.errors import ConfigError, LogError, Unavailable
 from countermark.formats import records
 from countermark.formats.receipt import Acceptance, Payload, Proven
 from countermark.formats.records import Abort, Crashed, Epoch, Intent, Outcome, Previous, Record, Sampling, Stack
-from countermark.formats.report_data import RoleKey, keys_digest
+from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.records.journal import sync_directory
 from countermark_appliance.records.previous import PreviousLog, Sidecar, find_previous, write_sidecar
-from countermark_appliance.records.signer import RecordKeys
+from countermark_appliance.records.signer import Signer
 from countermark_appliance.records.store import Appended, BuildLeaf, LogStore
 
 
@@ -62,11 +62,11 @@ class Recorder:
     """One boot's recorder over an exclusively locked directory. Thread-safe."""
 
     def __init__(
-        self, *, store: LogStore, keys: RecordKeys, epoch: Epoch, lock: int, owner: tuple[str | None, str | None]
+        self, *, store: LogStore, signer: Signer, epoch: Epoch, lock: int, owner: tuple[str | None, str | None]
     ) -> None:
         """Use `Recorder.open`. `owner`: deployer id and retention-until."""
         self._store = store
-        self._keys = keys
+        self._signer = signer
         self._lock = lock
         self._owner = owner
         self._open: set[bytes] = set()
@@ -79,9 +79,7 @@ class Recorder:
         directory: Path,
         *,
         operator: str,
-        boot_id: bytes,
-        keys: RecordKeys,
-        role_keys: Sequence[RoleKey],
+        keyring: Keyring,
         evidence_digest: bytes,
         stack: Stack,
         deployer_id: str | None = None,
@@ -89,28 +87,29 @@ class Recorder:
     ) -> Recorder:
         """Lock the directory, verify the previous log, begin this boot's with its EPOCH and CRASHED leaves.
 
-        `role_keys`: all five keys in claim order. `evidence_digest`: quote digest of the boot evidence, whose claims
-        give this log as empty (size 0). Raises `ConfigError` (`log.locked`: another process has it; `log.directory`),
+        `evidence_digest`: quote digest of the boot evidence, whose claims give this log as empty (size 0). Raises `ConfigError` (`log.locked`: another process has it; `log.directory`),
         `LogError` (`log.previous`, `log.damaged`, `log.lost`), `Unavailable` (`log.full`).
         """
         lock = _lock(directory)
         try:
             previous = find_previous(directory)
             epoch = Epoch(
-                boot_id=boot_id,
-                origin=log_origin(operator, boot_id),
+                boot_id=keyring.boot_id,
+                origin=log_origin(operator, keyring.boot_id),
                 epoch=previous.epoch.epoch + 1 if previous else 1,
                 started_us=_now_us(),
                 evidence_digest=evidence_digest,
-                keys_digest=keys_digest(role_keys),
+                keys_digest=keyring.digest(),
                 stack=stack,
                 previous=_previous(previous),
             )
-            store = _begin(directory, epoch, keys, tuple(role_keys), previous.open_intents if previous else ())
+            signer = Signer(keyring)
+            sidecar = Sidecar(epoch=epoch, salt=secrets.token_bytes(32), keys=keyring.role_keys())
+            store = _begin(directory, sidecar, signer, previous.open_intents if previous else ())
         except BaseException:
             os.close(lock)
             raise
-        return cls(store=store, keys=keys, epoch=epoch, lock=lock, owner=(deployer_id, retention_until))
+        return cls(store=store, signer=signer, epoch=epoch, lock=lock, owner=(deployer_id, retention_until))
 
     def commit_intent(
         self,
@@ -249,7 +248,7 @@ class Recorder:
             index=completed.index,
             proof=self._store.inclusion(completed.index, size),
         )
-        return self._keys.sign_receipt(
+        return self._signer.sign_receipt(
             Payload(
                 intent=intent,
                 outcome=outcome,
@@ -299,23 +298,22 @@ class Recorder:
             raise
 
 
-def _begin(
-    directory: Path, epoch: Epoch, keys: RecordKeys, role_keys: tuple[RoleKey, ...], crashed: Sequence[bytes]
-) -> LogStore:
+def _begin(directory: Path, sidecar: Sidecar, signer: Signer, crashed: Sequence[bytes]) -> LogStore:
     """Create the boot's own directory and log; the EPOCH and all CRASHED leaves are one commit."""
-    own, salt = directory / epoch.boot_id.hex(), secrets.token_bytes(32)
+    epoch = sidecar.epoch
+    own = directory / epoch.boot_id.hex()
     try:
         own.mkdir(mode=0o700)
     except FileExistsError as err:
         raise ConfigError(f"log: {own}: this boot id was used before", code="log.directory") from err
-    write_sidecar(own, Sidecar(epoch=epoch, salt=salt, keys=role_keys))
-    builds = [_build(epoch, salt)]
+    write_sidecar(own, sidecar)
+    builds = [_build(epoch, sidecar.salt)]
     if epoch.previous is not None:
         before = epoch.previous.boot_id
         for leaf in crashed:
             record = Crashed(boot_id=epoch.boot_id, previous_boot_id=before, intent_leaf=leaf)
             builds.append(_build(record, secrets.token_bytes(32)))
-    store = LogStore(own, epoch.origin, keys.sign_checkpoint)
+    store = LogStore(own, epoch.origin, signer.sign_checkpoint)
     try:
         store.append(builds, new=True)
         sync_directory(own)

@@ -1,0 +1,114 @@
+"""What a client asked for, read back from the exact bytes it sent (protobuf `countermark.v1.GenerateRequest`).
+
+The request is bound into the INTENT by the hash of these bytes, so whoever checks an answer reads the request from the
+same bytes, and compares every setting that was given with the one recorded as applied. A setting that was not given is
+the server's to resolve; it is recorded too, but there is nothing to compare it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from countermark.errors import FormatError, ReceiptError
+from countermark.formats.records import Intent, encode_input
+from countermark.wire import countermark_v1_pb2 as pb
+
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+_ONE_20BIT = 1 << 20
+_PLAIN = ("temperature", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request as sent. `settings`: only what was given, by the name of the field it must equal in the record."""
+
+    nonce: bytes
+    model: str
+    prompt: bytes  # `formats.records.encode_input`
+    settings: dict[str, object]
+
+
+def parse_request(data: bytes) -> Asked:
+    """Parse the bytes of a GenerateRequest.
+
+    Raises `FormatError`: `request.malformed`, `request.unknown_field`, `request.nonce`, `request.input`.
+    """
+    if len(data) > MAX_REQUEST_BYTES:
+        raise FormatError(f"request: expected at most {MAX_REQUEST_BYTES} bytes", code="request.malformed")
+    try:
+        message = pb.GenerateRequest.FromString(data)
+    except DecodeError as err:
+        raise FormatError("request: expected a GenerateRequest", code="request.malformed") from err
+    if any(len(UnknownFieldSet(part)) for part in _parts(message)):
+        raise FormatError("request: unknown fields", code="request.unknown_field")
+    if len(message.nonce) != 32:
+        raise FormatError(f"request.nonce: expected 32 bytes, got {len(message.nonce)}", code="request.nonce")
+    match message.WhichOneof("input"):
+        case "chat":
+            prompt = encode_input(messages=[(turn.role, turn.content) for turn in message.chat.messages])
+        case "prompt":
+            prompt = encode_input(prompt=message.prompt)
+        case _:
+            raise FormatError("request: expected a chat or a prompt", code="request.input")
+    return Asked(nonce=message.nonce, model=message.model, prompt=prompt, settings=_settings(message))
+
+
+def check_settings(asked: Asked, intent: Intent) -> None:
+    """Every setting that was given is recorded as given. Raises `ReceiptError` (`receipt.setting.<name>`)."""
+    sampling = intent.sampling
+    applied: dict[str, object] = {name: getattr(sampling, name) for name in _PLAIN}
+    applied |= {
+        "top_p_20bit": sampling.top_p_20bit,
+        "min_p_20bit": sampling.min_p_20bit,
+        "logit_bias": dict(sampling.logit_bias),
+        "max_tokens": intent.max_tokens,
+        "stop": intent.stop,
+        "ignore_eos": intent.ignore_eos,
+        "model": intent.stack.model,
+    }
+    wanted = dict(asked.settings)
+    if asked.model:
+        wanted["model"] = asked.model
+    for name, value in wanted.items():
+        if applied[name] != value:
+            message = f"{name}: expected {value!r}, as asked, got {applied[name]!r} recorded"
+            raise ReceiptError(message, code=f"receipt.setting.{name}")
+    origin = "client" if "seed" in wanted else "server"
+    if sampling.seed_origin != origin:
+        message = f"seed_origin: expected {origin}, got {sampling.seed_origin}"
+        raise ReceiptError(message, code="receipt.setting.seed_origin")
+
+
+def _settings(message: pb.GenerateRequest) -> dict[str, object]:
+    sampling = message.sampling
+    settings: dict[str, object] = {name: getattr(sampling, name) for name in _PLAIN if sampling.HasField(name)}
+    if sampling.HasField("top_p"):  # the sampler's unit; profile exact-v0 rounds half to even and never to nothing
+        settings["top_p_20bit"] = max(1, _in_20bit(sampling.top_p))
+    if sampling.HasField("min_p"):
+        settings["min_p_20bit"] = _in_20bit(sampling.min_p)
+    if sampling.logit_bias:
+        settings["logit_bias"] = dict(sampling.logit_bias)
+    if message.HasField("max_tokens"):
+        settings["max_tokens"] = message.max_tokens
+    if message.stop:
+        settings["stop"] = tuple(message.stop)
+    if message.HasField("ignore_eos"):
+        settings["ignore_eos"] = message.ignore_eos
+    return settings
+
+
+def _in_20bit(value: float) -> int:
+    if not 0.0 <= value <= 1.0:  # NaN too
+        raise FormatError(f"request: expected 0 to 1, got {value!r}", code="request.malformed")
+    return round(value * _ONE_20BIT)
+
+
+def _parts(message: pb.GenerateRequest) -> Iterator[Message]:
+    yield message
+    yield message.chat
+    yield from message.chat.messages
+    yield message.sampling
