@@ -1,0 +1,30 @@
+"""Policy, what a verifier accepts: `parse_policy`, `encode_policy` for the file, `new_policy` and `pin` to make one."""
+
+from __future__ import annotations
+
+from countermark.policy.pin import new_policy, pin, verify_manifest
+from countermark.policy.toml import encode_policy, parse_policy
+from countermark.policy.value import (
+    DAY_S,
+    INTEL_SGX_ROOT,
+    NVIDIA_DEVICE_ROOT,
+    GpuFreshnessRule,
+    Policy,
+    Profile,
+    Waiver,
+)
+
+__all__ = [
+    "DAY_S",
+    "INTEL_SGX_ROOT",
+    "NVIDIA_DEVICE_ROOT",
+    "GpuFreshnessRule",
+    "Policy",
+    "Profile",
+    "Waiver",
+    "encode_policy",
+    "new_policy",
+    "parse_policy",
+    "pin",
+    "verify_manifest",
+]

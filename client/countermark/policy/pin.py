@@ -1,0 +1,97 @@
+"""New policies, and reference values into them: a measurement manifest is verified before its image is accepted.
+
+DSSE v1 (secure-systems-lab/dsse protocol 1.0.2) over an in-toto Statement v1, signed by ES256 and ML-DSA-65 (see
+`formats.manifest`). Both signatures must verify under keys whose digests the caller names. Versions only grow.
+Not checked here: whether the manifest stands in a transparency log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from countermark import keys
+from countermark.errors import MeasurementError
+from countermark.formats import manifest as manifests
+from countermark.formats.manifest import Manifest
+from countermark.policy.value import DAY_S, INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, Policy, Profile
+
+
+def new_policy(
+    profile: Profile, *, now: int, simulated_tdx_root: bytes | None = None, simulated_gpu_root: bytes | None = None
+) -> Policy:
+    """The default policy of a profile, valid 30 days from `now`: strict, but not tied to named machines or
+    configurations.
+
+    It accepts no image and no weights yet: `pin` a manifest, and name the weights roots. Raises `PolicyError`
+    `policy.root` when a production policy is given a simulated root (the SHA-256 of its certificate).
+    """
+    return Policy(
+        profile=profile,
+        created=now,
+        not_after=now + 30 * DAY_S,
+        tdx_root=simulated_tdx_root or INTEL_SGX_ROOT,
+        gpu_root=simulated_gpu_root or NVIDIA_DEVICE_ROOT,
+        any_hardware=True,
+        any_config=True,
+    )
+
+
+def pin(
+    policy: Policy, envelope: bytes, *, now: int, signers: Sequence[bytes] = (), weights_roots: Sequence[bytes] = ()
+) -> Policy:
+    """Verify a signed measurement manifest and return the policy that also accepts its image.
+
+    `signers`: SHA-256 of the COSE_Keys of both signers; needed the first time, afterwards the policy's own count and
+    may not change. `weights_roots` are added to those accepted. The image's revocations are applied to earlier pins.
+
+    Raises `FormatError` (`manifest.*`), `PolicyError` (`policy.image`), or `MeasurementError`: `manifest.signer` (a
+    stranger's key), `manifest.signature`, `manifest.not_yet_valid`, `manifest.expired`, `manifest.rolled_back`,
+    `manifest.equivocation` (same version, other content), `manifest.revoked`.
+    """
+    accepted = tuple(signers) or policy.manifest_signers
+    if policy.manifest_signers and set(accepted) != set(policy.manifest_signers):
+        raise MeasurementError("manifest signers: expected those already in the policy", code="manifest.signer")
+    image = verify_manifest(envelope, signers=accepted, now=now)
+    if image.version < policy.manifest_version:
+        message = f"manifest version: expected at least {policy.manifest_version}, got {image.version}"
+        raise MeasurementError(message, code="manifest.rolled_back")
+    same_version = [known for known in policy.images if known.version == image.version and known != image]
+    if same_version and image.version == policy.manifest_version:
+        message = f"manifest version {image.version}: expected the content already pinned, got other content"
+        raise MeasurementError(message, code="manifest.equivocation")
+    revoked = tuple(dict.fromkeys((*policy.revoked_images, *image.revoked_images)))
+    if image.image_id in revoked:
+        raise MeasurementError(f"image {image.image_id.hex()}: revoked by its publisher", code="manifest.revoked")
+    kept = (known for known in policy.images if known.image_id not in revoked and known != image)
+    return replace(
+        policy,
+        manifest_signers=accepted,
+        manifest_version=image.version,
+        images=(*kept, image),
+        revoked_images=revoked,
+        mrseam=tuple(dict.fromkeys((*policy.mrseam, *image.mrseam))),
+        weights_roots=tuple(dict.fromkeys((*policy.weights_roots, *weights_roots))),
+    )
+
+
+def verify_manifest(envelope: bytes, *, signers: Sequence[bytes], now: int) -> Manifest:
+    """Verify both DSSE signatures under keys whose COSE_Key digests are in `signers`, and the validity at `now`.
+
+    Raises `FormatError` (`manifest.*`) or `MeasurementError` as `pin` does.
+    """
+    parsed = manifests.parse_envelope(envelope)
+    message = manifests.pae(parsed.payload)
+    for item in parsed.signatures:
+        if manifests.signer_digest(item.key) not in signers:
+            text = f"manifest signer: expected one of {[digest.hex() for digest in signers]}, got {item.keyid}"
+            raise MeasurementError(text, code="manifest.signer")
+        if not keys.load(item.key).verify(item.signature, message):
+            text = f"manifest: the {item.key.algorithm.name} signature of {item.keyid} does not verify"
+            raise MeasurementError(text, code="manifest.signature")
+    image = manifests.parse_manifest(parsed.payload)
+    if now < image.not_before:
+        raise MeasurementError(f"manifest: valid from {image.not_before}, time is {now}", code="manifest.not_yet_valid")
+    if now > image.not_after:
+        raise MeasurementError(f"manifest: valid until {image.not_after}, time is {now}", code="manifest.expired")
+    return image

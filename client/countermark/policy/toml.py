@@ -1,0 +1,265 @@
+"""The policy file: TOML 1.0 to `Policy` and back, with a comment on every field.
+
+Layout version 1, ours. Every table and key is listed in `parse_policy`; anything else is refused by its dotted name,
+and nothing is read from the environment. Digests are lower-case hex, times RFC 3339 with an offset.
+`encode_policy(parse_policy(text))` keeps every value (comments are ours). Not checked here: contradictions between
+fields, which constructing the `Policy` checks.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from countermark.errors import FormatError, PolicyError
+from countermark.formats import manifest as manifests
+from countermark.formats.manifest import Manifest
+from countermark.policy.value import (
+    INTEL_SGX_ROOT,
+    NVIDIA_DEVICE_ROOT,
+    GpuFreshnessRule,
+    Policy,
+    Profile,
+    Waiver,
+)
+
+VERSION: Final = 1
+MAX_BYTES: Final = 8 * 1024 * 1024
+MAX_ITEMS: Final = 1024
+_SIMULATED: Final = "simulated:"
+
+
+@dataclass(slots=True)
+class _Table:
+    """A TOML table that is read key by key and must be empty at the end."""
+
+    values: dict[str, Any]
+    path: str = ""
+    seen: set[str] = field(default_factory=set)
+
+    def name(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def get(self, key: str, kind: type, default: object = ...) -> Any:
+        self.seen.add(key)
+        if key not in self.values:
+            if default is ...:
+                raise PolicyError(f"{self.name(key)}: expected a value, got none", code="policy.missing_key")
+            return default
+        value = self.values[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            message = f"{self.name(key)}: expected {kind.__name__}, got {type(value).__name__}"
+            raise PolicyError(message, code="policy.value")
+        return value
+
+    def table(self, key: str) -> _Table:
+        return _Table(self.get(key, dict, {}), self.name(key))
+
+    def tables(self, key: str) -> list[_Table]:
+        items = self.get(key, list, [])
+        if len(items) > MAX_ITEMS or not all(isinstance(item, dict) for item in items):
+            raise PolicyError(f"{self.name(key)}: expected at most {MAX_ITEMS} tables", code="policy.value")
+        return [_Table(item, self.name(key)) for item in items]
+
+    def texts(self, key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
+        items = self.get(key, list, list(default))
+        if len(items) > MAX_ITEMS or not all(isinstance(item, str) for item in items):
+            raise PolicyError(f"{self.name(key)}: expected at most {MAX_ITEMS} texts", code="policy.value")
+        return tuple(items)
+
+    def digests(self, key: str, size: int) -> tuple[bytes, ...]:
+        return tuple(_hex(item, size, self.name(key)) for item in self.texts(key))
+
+    def time(self, key: str) -> int:
+        return _unix(self.get(key, datetime), self.name(key))
+
+    def waivers(self, key: str) -> tuple[Waiver, ...]:
+        table = self.table(key)
+        return tuple(Waiver(name=name, until=table.time(name)) for name in sorted(table.values))
+
+    def end(self) -> None:
+        unknown = sorted(self.values.keys() - self.seen)
+        if unknown:
+            names = ", ".join(self.name(key) for key in unknown)
+            raise PolicyError(f"{names}: unknown key", code="policy.unknown_key")
+
+
+def _hex(text: str, size: int, name: str) -> bytes:
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != size or value.hex() != text:
+        raise PolicyError(f"{name}: expected {size} bytes in lower-case hex, got {text!r}", code="policy.value")
+    return value
+
+
+def _unix(moment: datetime, name: str) -> int:
+    if moment.tzinfo is None:
+        raise PolicyError(f"{name}: expected a time with an offset such as Z, got {moment}", code="policy.value")
+    return int(moment.timestamp())
+
+
+def _root(table: _Table, key: str, vendor: str, digest: bytes) -> bytes:
+    text = table.get(key, str)
+    if text == vendor:
+        return digest
+    if not text.startswith(_SIMULATED):
+        message = f"{table.name(key)}: expected {vendor!r} or '{_SIMULATED}<SHA-256>', got {text!r}"
+        raise PolicyError(message, code="policy.root")
+    return _hex(text.removeprefix(_SIMULATED), 32, table.name(key))
+
+
+def _enum(table: _Table, key: str, kind: type[Profile] | type[GpuFreshnessRule]) -> Any:
+    text = table.get(key, str)
+    try:
+        return kind(text)
+    except ValueError as err:
+        message = f"{table.name(key)}: expected one of {[item.value for item in kind]}, got {text!r}"
+        raise PolicyError(message, code="policy.value") from err
+
+
+def parse_policy(data: bytes) -> Policy:
+    """Parse a policy file.
+
+    Raises `PolicyError`: `policy.toml`, `policy.too_long`, `policy.version`, `policy.unknown_key`,
+    `policy.missing_key`, `policy.value`, `policy.manifest`, or a code of `Policy` itself.
+    """
+    if len(data) > MAX_BYTES:
+        raise PolicyError(f"policy: expected at most {MAX_BYTES} bytes, got {len(data)}", code="policy.too_long")
+    try:
+        top = _Table(tomllib.loads(data.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as err:
+        raise PolicyError(f"policy: expected TOML: {err}", code="policy.toml") from err
+    if top.get("version", int) != VERSION:
+        raise PolicyError(f"version: expected {VERSION}", code="policy.version")
+    trust, manifest, endorsements = top.table("trust"), top.table("manifest"), top.table("endorsements")
+    tdx, hardware, gpu = top.table("tdx"), top.table("hardware"), top.table("gpu")
+    model, config, images = top.table("model"), top.table("config"), top.tables("image")
+    values: dict[str, Any] = {
+        "profile": _enum(top, "profile", Profile),
+        "created": top.time("created"),
+        "not_after": top.time("not_after"),
+        "max_validity_days": top.get("max_validity_days", int),
+        "tdx_root": _root(trust, "tdx", "intel", INTEL_SGX_ROOT),
+        "gpu_root": _root(trust, "gpu", "nvidia", NVIDIA_DEVICE_ROOT),
+        "manifest_signers": manifest.digests("signers", 32),
+        "manifest_version": manifest.get("highest_version", int),
+        "revoked_images": manifest.digests("revoked_images", 32),
+        "images": tuple(_image(item) for item in images),
+        "endorsement_max_age_days": endorsements.get("max_age_days", int),
+        "min_tcb_evaluation_data_number": endorsements.get("min_tcb_evaluation_data_number", int),
+        "mrseam": tdx.digests("mrseam", 48),
+        "accepted_statuses": tdx.waivers("accept_status"),
+        "accepted_advisories": tdx.waivers("accept_advisory"),
+        "any_hardware": hardware.get("any", bool, False),
+        "ppids": hardware.digests("ppids", 16),
+        "gpu_keys": hardware.digests("gpu_keys", 32),
+        "gpu_count": gpu.get("count", int),
+        "gpu_mode": gpu.get("mode", str),
+        "gpu_freshness": _enum(gpu, "freshness", GpuFreshnessRule),
+        "weights_roots": model.digests("weights_roots", 32),
+        "numerics": model.texts("numerics"),
+        "any_config": config.get("any", bool, False),
+        "configs": config.digests("digests", 32),
+    }
+    for table in (top, trust, manifest, endorsements, tdx, hardware, gpu, model, config, *images):
+        table.end()
+    return Policy(**values)
+
+
+def _image(table: _Table) -> Manifest:
+    try:
+        return manifests.parse_manifest(table.get("statement", str).encode())
+    except FormatError as err:
+        raise PolicyError(f"{table.name('statement')}: {err}", code="policy.manifest") from err
+
+
+def _time(value: int) -> str:
+    return datetime.fromtimestamp(value, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _list(values: Iterable[bytes | str]) -> str:
+    items = [json.dumps(value.hex() if isinstance(value, bytes) else value) for value in values]
+    return "[" + "".join(f"\n  {item}," for item in items) + ("\n]" if items else "]")
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _waivers(table: str, what: str, waivers: tuple[Waiver, ...]) -> list[str]:
+    lines = [f'[{table}]  # {what} = the time until which it is accepted, such as "{{}}" = 2026-01-31T00:00:00Z']
+    return [lines[0].format("OutOfDate" if "status" in table else "INTEL-SA-00000")] + [
+        f"{json.dumps(item.name)} = {_time(item.until)}" for item in waivers
+    ]
+
+
+def encode_policy(policy: Policy) -> str:
+    """The policy as commented TOML that `parse_policy` reads back to an equal value."""
+    tdx = "intel" if policy.tdx_root == INTEL_SGX_ROOT else _SIMULATED + policy.tdx_root.hex()
+    gpu = "nvidia" if policy.gpu_root == NVIDIA_DEVICE_ROOT else _SIMULATED + policy.gpu_root.hex()
+    lines = [
+        "# What this verifier accepts. An unknown key is an error; an absent list accepts nothing.",
+        f"version = {VERSION}",
+        f'profile = "{policy.profile.value}"  # production: the vendors\' roots and production images only',
+        f"created = {_time(policy.created)}",
+        f"not_after = {_time(policy.not_after)}  # at most max_validity_days after created",
+        f"max_validity_days = {policy.max_validity_days}",
+        "",
+        "[trust]  # root certificates",
+        *(["# SIMULATED: evidence under such a root proves nothing about hardware."] if policy.simulated else []),
+        f'tdx = "{tdx}"  # "intel", or in test and development "{_SIMULATED}<SHA-256 of the root certificate>"',
+        f'gpu = "{gpu}"',
+        "",
+        "[manifest]  # who may publish images",
+        f"signers = {_list(policy.manifest_signers)}  # SHA-256 of the ES256 and the ML-DSA-65 COSE_Key",
+        f"highest_version = {policy.manifest_version}  # never lower it: an older manifest is a rollback",
+        f"revoked_images = {_list(policy.revoked_images)}",
+        "",
+        "[endorsements]  # Intel's signed statements about platforms",
+        f"max_age_days = {policy.endorsement_max_age_days}",
+        f"min_tcb_evaluation_data_number = {policy.min_tcb_evaluation_data_number}  # both TCB info and QE identity",
+        "",
+        "[tdx]",
+        f"mrseam = {_list(policy.mrseam)}  # TDX modules",
+        *_waivers("tdx.accept_status", "a TCB status besides UpToDate", policy.accepted_statuses),
+        *_waivers("tdx.accept_advisory", "an advisory", policy.accepted_advisories),
+        "",
+        "[hardware]  # where the machine stands is known only by naming it: PPIDs and GPU keys instead of any = true",
+        f"any = {_bool(policy.any_hardware)}",
+        f"ppids = {_list(policy.ppids)}",
+        f"gpu_keys = {_list(policy.gpu_keys)}  # SHA-256 of the device certificate's public key",
+        "",
+        "[gpu]",
+        f"count = {policy.gpu_count}",
+        f'mode = "{policy.gpu_mode}"  # cc-on, or protected-pcie',
+        f'freshness = "{policy.gpu_freshness.value}"  # session: reports answer our nonce; boot: once per boot',
+        "",
+        "[model]",
+        f"weights_roots = {_list(policy.weights_roots)}  # dm-verity roots",
+        f"numerics = {_list(policy.numerics)}  # numerics profiles",
+        "",
+        "[config]  # the operator's measured configuration file",
+        f"any = {_bool(policy.any_config)}",
+        f"digests = {_list(policy.configs)}",
+    ]
+    for image in policy.images:
+        lines += ["", *_image_lines(image)]
+    return "\n".join(lines) + "\n"
+
+
+def _image_lines(image: Manifest) -> list[str]:
+    statement = manifests.encode_manifest(image).decode()
+    quoted = json.dumps(statement) if "'" in statement else f"'{statement}'"
+    lines = [
+        "[[image]]  # the verified statement of a measurement manifest; `policy pin` writes it",
+        f"# image {image.image_id.hex()}, {image.kind.value}, platform {image.platform}, version {image.version}",
+    ]
+    lines += [f"# {shape.name}: mrtd {shape.mrtd.hex()} rtmr0 {shape.rtmr0.hex()}" for shape in image.shapes]
+    lines += [f"# rtmr1 {image.rtmr1.hex()}", f"# rtmr2 {image.rtmr2.hex()}", f"statement = {quoted}"]
+    return lines

@@ -1,0 +1,161 @@
+"""The policy value: what a verifier accepts, one frozen dataclass; every weakening is a named field.
+
+Profile `production` accepts Intel's SGX root and NVIDIA's device root alone, pinned here by SHA-256 of the certificate;
+`test` and `development` may name a simulated root by its digest. An empty list accepts nothing.
+Not checked here: whether `not_after` has passed (appraisal does, at its time T).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from countermark.errors import PolicyError
+from countermark.formats.manifest import ImageKind, Manifest
+
+# SHA-256 of the DER certificates: Intel SGX Root CA, and NVIDIA Device Identity CA.
+INTEL_SGX_ROOT: Final = bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")
+NVIDIA_DEVICE_ROOT: Final = bytes.fromhex("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
+
+# TDX modules signed by Intel (MRSEAM is the SHA-384 of the module as loaded). 1.5.06 and 1.5.16 also stand in genuine
+# quotes that Intel's TCB info rates UpToDate; the others are as commonly published.
+KNOWN_MRSEAM: Final = tuple(
+    bytes.fromhex(value)
+    for value in (
+        "5b38e33a6487958b72c3c12a938eaa5e3fd4510c51aeeab58c7d5ecee41d7c436489d6c8e4f92f160b7cad34207b00c1",  # 1.5.06
+        "49b66faa451d19ebbdbe89371b8daf2b65aa3984ec90110343e9e2eec116af08850fa20e3b1aa9a874d77a65380ee7e6",  # 1.5.08
+        "7bf063280e94fb051f5dd7b1fc59ce9aac42bb961df8d44b709c9b0ff87a7b4df648657ba6d1189589feab1d5a3c9a9d",  # 1.5.16
+        "685f891ea5c20e8fa27b151bf34bf3b50fbaf7143cc53662727cbdb167c0ad8385f1f6f3571539a91e104a1c96d75e04",  # 2.0.02
+        "476a2997c62bccc78370913d0a80b956e3721b24272bc66c4d6307ced4be2865c40e26afac75f12df3425b03eb59ea7c",  # 2.0.08
+    )
+)
+
+DAY_S: Final = 86_400
+# Revoked is not in the list: no policy can accept it.
+ACCEPTABLE_STATUSES: Final = (
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+)
+MAX_VALIDITY_DAYS: Final = 3660
+_ADVISORY: Final = re.compile(r"[A-Z0-9-]{1,32}")
+
+
+class Profile(Enum):
+    """`PRODUCTION` admits the vendors' roots and production images only."""
+
+    PRODUCTION = "production"
+    TEST = "test"
+    DEVELOPMENT = "development"
+
+
+_KINDS: Final = {
+    Profile.PRODUCTION: (ImageKind.PRODUCTION,),
+    Profile.TEST: (ImageKind.PRODUCTION, ImageKind.TEST, ImageKind.SIMULATED),
+    Profile.DEVELOPMENT: tuple(ImageKind),
+}
+
+
+class GpuFreshnessRule(Enum):
+    """`SESSION`: reports must carry this quote's nonce. `BOOT`: reports made at boot are enough."""
+
+    SESSION = "session"
+    BOOT = "boot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiver:
+    """Something Intel advises against that is accepted all the same `until` a time (unix seconds)."""
+
+    name: str
+    until: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is accepted. Every default is the strict one. Digests are raw bytes, times unix seconds.
+
+    `tdx_root`, `gpu_root`: SHA-256 of the root certificates. `images`: verified manifests, whose registers are the
+    reference values. `manifest_version`: the highest seen, never lowered. `manifest_signers`: SHA-256 of the two
+    COSE_Keys. `ppids`, `gpu_keys`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
+    Constructing one that contradicts itself raises `PolicyError`.
+    """
+
+    profile: Profile
+    created: int
+    not_after: int
+    max_validity_days: int = 30
+    tdx_root: bytes = INTEL_SGX_ROOT
+    gpu_root: bytes = NVIDIA_DEVICE_ROOT
+    manifest_signers: tuple[bytes, ...] = ()
+    manifest_version: int = 0
+    images: tuple[Manifest, ...] = ()
+    revoked_images: tuple[bytes, ...] = ()
+    endorsement_max_age_days: int = 30
+    min_tcb_evaluation_data_number: int = 17
+    mrseam: tuple[bytes, ...] = KNOWN_MRSEAM
+    accepted_statuses: tuple[Waiver, ...] = ()
+    accepted_advisories: tuple[Waiver, ...] = ()
+    any_hardware: bool = False
+    ppids: tuple[bytes, ...] = ()
+    gpu_keys: tuple[bytes, ...] = ()
+    gpu_count: int = 1
+    gpu_mode: str = "cc-on"
+    gpu_freshness: GpuFreshnessRule = GpuFreshnessRule.SESSION
+    weights_roots: tuple[bytes, ...] = ()
+    numerics: tuple[str, ...] = ("exact-v0",)
+    any_config: bool = False
+    configs: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises `PolicyError` `policy.root`, `.validity`, `.value`, `.image` or `.contradiction`."""
+        _check(self)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a trust root in this policy is a simulated one."""
+        return self.tdx_root != INTEL_SGX_ROOT or self.gpu_root != NVIDIA_DEVICE_ROOT
+
+
+def _refuse(message: str, code: str) -> PolicyError:
+    return PolicyError(message, code=f"policy.{code}")
+
+
+def _check(policy: Policy) -> None:
+    if policy.profile is Profile.PRODUCTION and policy.simulated:
+        raise _refuse("trust: expected intel and nvidia in the production profile, got a simulated root", "root")
+    if not policy.created < policy.not_after <= policy.created + policy.max_validity_days * DAY_S:
+        message = f"not_after: expected after created, by at most max_validity_days = {policy.max_validity_days}"
+        raise _refuse(message, "validity")
+    bounds = (
+        ("max_validity_days", policy.max_validity_days, 1, MAX_VALIDITY_DAYS),
+        ("endorsements.max_age_days", policy.endorsement_max_age_days, 1, MAX_VALIDITY_DAYS),
+        ("endorsements.min_tcb_evaluation_data_number", policy.min_tcb_evaluation_data_number, 0, 1 << 31),
+        ("manifest.highest_version", policy.manifest_version, 0, 1 << 53),
+        ("gpu.count", policy.gpu_count, 1, 16),
+    )
+    for name, value, low, high in bounds:
+        if not low <= value <= high:
+            raise _refuse(f"{name}: expected {low} to {high}, got {value}", "value")
+    if policy.gpu_mode not in ("cc-on", "protected-pcie"):
+        raise _refuse(f"gpu.mode: expected cc-on or protected-pcie, got {policy.gpu_mode}", "value")
+    for status in policy.accepted_statuses:
+        if status.name not in ACCEPTABLE_STATUSES:
+            raise _refuse(f"tdx.accept_status.{status.name}: expected one of {ACCEPTABLE_STATUSES}", "value")
+    for advisory in policy.accepted_advisories:
+        if not _ADVISORY.fullmatch(advisory.name):
+            raise _refuse(f"tdx.accept_advisory: expected an advisory id, got {advisory.name!r}", "value")
+    if policy.any_hardware and (policy.ppids or policy.gpu_keys):
+        raise _refuse("hardware: expected either any = true or lists, got both", "contradiction")
+    if policy.any_config and policy.configs:
+        raise _refuse("config: expected either any = true or digests, got both", "contradiction")
+    for image in policy.images:
+        if image.kind not in _KINDS[policy.profile]:
+            message = f"image {image.image_id.hex()}: expected no {image.kind.value} image in this profile"
+            raise _refuse(message, "image")
+        if image.version > policy.manifest_version or image.image_id in policy.revoked_images:
+            raise _refuse(f"image {image.image_id.hex()}: newer than highest_version, or revoked", "image")

@@ -1,0 +1,225 @@
+"""Intel's endorsements for a TDX quote: parse them, and judge signatures, times and versions at an explicit time.
+
+The JSON form is what dcap-qvl and Intel's PCCS call collateral v3: TCB info v3 and QE identity v2 as signed JSON text,
+two issuer chains in PEM, the root CA CRL and the PCK CRL in DER (Intel PCS API v4; quote verification: Intel SGX DCAP
+QVL design, sections 4.1.2 to 4.1.4). All of it is judged here first so that a refusal has a stable code; dcap-qvl then
+judges the same values again and is the one that rates the TCB level.
+Not checked here: the TCB level, QE measurements, and the PCK chain's link to the quote (`tdx.quote`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import dcap_qvl
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+
+from countermark import x509chain
+from countermark.errors import FormatError, TcbError
+from countermark.formats import strict_json
+from countermark.policy import DAY_S, Policy
+
+MAX_BYTES: Final = 8 * 1024 * 1024
+_TEXTS: Final = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "tcb_info", "qe_identity_issuer_chain", "qe_identity")
+_HEX: Final = ("root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedJson:
+    """TCB info or QE identity: the exact signed text, its raw P-256 signature, chain, and the fields read from it."""
+
+    text: bytes
+    signature: bytes
+    chain: tuple[x509.Certificate, ...]
+    issue_date: int
+    next_update: int
+    evaluation_data_number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endorsements:
+    """Parsed endorsements; `collateral` is the same bytes as dcap-qvl wants them."""
+
+    tcb_info: SignedJson
+    qe_identity: SignedJson
+    fmspc: bytes
+    pck_crl_chain: tuple[x509.Certificate, ...]
+    root_crl: x509.CertificateRevocationList
+    pck_crl: x509.CertificateRevocationList
+    collateral: dcap_qvl.QuoteCollateralV3
+
+
+def _bad(message: str, code: str = "endorsements.malformed") -> FormatError:
+    return FormatError(f"endorsements.{message}", code=code, step="1")
+
+
+def _json(data: bytes, what: str) -> dict[str, Any]:
+    value = strict_json.load(data, "endorsements", max_bytes=MAX_BYTES)
+    if not isinstance(value, dict):
+        raise _bad(f"{what}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _time(value: object, what: str) -> int:
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise _bad(f"{what}: expected an RFC 3339 time")
+    return int(moment.timestamp())
+
+
+def _signed(values: dict[str, str], what: str, identity: str) -> tuple[SignedJson, dict[str, Any]]:
+    body = _json(values[what].encode(), what)
+    if body.get("id") != identity:
+        raise _bad(f"{what}.id: expected {identity}, got {body.get('id')!r}")
+    number = body.get("tcbEvaluationDataNumber")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise _bad(f"{what}.tcbEvaluationDataNumber: expected an integer, got {type(number).__name__}")
+    signature = bytes.fromhex(values[f"{what}_signature"])
+    if len(signature) != 64:
+        raise _bad(f"{what}_signature: expected 64 bytes, got {len(signature)}")
+    signed = SignedJson(
+        text=values[what].encode(),
+        signature=signature,
+        chain=x509chain.parse_pem_chain(values[f"{what}_issuer_chain"].encode(), "endorsements"),
+        issue_date=_time(body.get("issueDate"), f"{what}.issueDate"),
+        next_update=_time(body.get("nextUpdate"), f"{what}.nextUpdate"),
+        evaluation_data_number=number,
+    )
+    return signed, body
+
+
+def parse_endorsements(data: bytes) -> Endorsements:
+    """Parse the nine-field JSON object. Absent or empty CRLs are `endorsements.crl_missing`.
+
+    Raises `FormatError`: `endorsements.json`, `endorsements.too_long`, `endorsements.malformed`, `endorsements.pem`,
+    `endorsements.chain`, `endorsements.crl`, `endorsements.crl_missing`.
+    """
+    values = _json(data, "json")
+    for name in ("root_ca_crl", "pck_crl"):
+        if not values.get(name):
+            raise _bad(f"{name}: expected a CRL, got none", code="endorsements.crl_missing")
+    if set(values) != {*_TEXTS, *_HEX}:
+        raise _bad(f"json: expected exactly the fields {sorted((*_TEXTS, *_HEX))}, got {sorted(values)}")
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise _bad(f"{name}: expected text, got {type(value).__name__}")
+    try:
+        raw = {name: bytes.fromhex(values[name]) for name in _HEX}
+        for name in _TEXTS:
+            values[name].encode()
+    except ValueError as err:
+        raise _bad(f"json: {err}") from err
+    tcb_info, body = _signed(values, "tcb_info", "TDX")
+    qe_identity, _ = _signed(values, "qe_identity", "TD_QE")
+    try:
+        fmspc = bytes.fromhex(body["fmspc"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise _bad("tcb_info.fmspc: expected hex") from err
+    return Endorsements(
+        tcb_info=tcb_info,
+        qe_identity=qe_identity,
+        fmspc=fmspc,
+        pck_crl_chain=x509chain.parse_pem_chain(values["pck_crl_issuer_chain"].encode(), "endorsements"),
+        root_crl=x509chain.parse_crl(raw["root_ca_crl"], "endorsements"),
+        pck_crl=x509chain.parse_crl(raw["pck_crl"], "endorsements"),
+        collateral=dcap_qvl.QuoteCollateralV3(**{name: values[name] for name in _TEXTS}, **raw),
+    )
+
+
+def _chained(check: Callable[[], None], what: str) -> None:
+    try:
+        check()
+    except x509chain.ChainError as err:
+        raise TcbError(f"{what}: {err}", code=f"endorsements.{err.reason}", step="2") from err
+
+
+def verify_endorsements(endorsements: Endorsements, policy: Policy, *, now: int) -> str:
+    """Step 2: signed under the policy's root, valid at `now`, young enough, version not rolled back.
+
+    Returns one line for the check's detail. Raises `TcbError` with step 2 and a code that starts with `endorsements.`:
+    `root`, `short`, `ca`, `signature`, `crl_issuer`, `crl_signature`, `signer`, `signer_revoked`, `not_yet_valid`,
+    `expired`, `too_old`, `rolled_back`.
+    """
+    signed = {"TCB info": endorsements.tcb_info, "QE identity": endorsements.qe_identity}
+    root = endorsements.pck_crl_chain[-1]
+    _chained(lambda: _root_is(root, policy.tdx_root), "PCK CRL issuer chain")
+    _chained(lambda: x509chain.verify_crl(endorsements.root_crl, root, now=now), "root CA CRL")
+    for what, item in signed.items():
+        _verify_signed(item, what, endorsements, policy, now)
+    _verify_pck_crl(endorsements, root, now)
+    dates = {what: (item.issue_date, item.next_update) for what, item in signed.items()}
+    dates["PCK CRL"] = (int(endorsements.pck_crl.last_update_utc.timestamp()), now)
+    for what, (issued, until) in dates.items():
+        if now < issued:
+            raise TcbError(f"{what}: issued {issued}, time is {now}", code="endorsements.not_yet_valid", step="2")
+        if now > until:
+            raise TcbError(f"{what}: next update {until}, time is {now}", code="endorsements.expired", step="2")
+        if now - issued > policy.endorsement_max_age_days * DAY_S:
+            message = f"{what}: expected at most {policy.endorsement_max_age_days} days old, got {now - issued} s"
+            raise TcbError(message, code="endorsements.too_old", step="2")
+    for what, item in signed.items():
+        if item.evaluation_data_number < policy.min_tcb_evaluation_data_number:
+            message = (
+                f"{what}.tcbEvaluationDataNumber: expected at least {policy.min_tcb_evaluation_data_number}, "
+                f"got {item.evaluation_data_number}"
+            )
+            raise TcbError(message, code="endorsements.rolled_back", step="2")
+    number = min(item.evaluation_data_number for item in signed.values())
+    age_days = max(now - item.issue_date for item in signed.values()) / DAY_S
+    return f"{x509chain.name(root)}; tcbEvaluationDataNumber {number}; at most {age_days:.1f} days old"
+
+
+def _root_is(certificate: x509.Certificate, root: bytes) -> None:
+    if x509chain.digest(certificate) != root:
+        got = f"{x509chain.digest(certificate).hex()} ({x509chain.name(certificate)})"
+        raise x509chain.ChainError("root", f"root: expected SHA-256 {root.hex()}, got {got}")
+
+
+def _verify_signed(item: SignedJson, what: str, endorsements: Endorsements, policy: Policy, now: int) -> None:
+    _chained(lambda: x509chain.verify_chain(item.chain, root=policy.tdx_root, now=now), f"{what} issuer chain")
+    signer = item.chain[0]
+    # Intel's rule: the signer stands directly below the root and is named for TCB signing. A PCK key must not do.
+    if len(item.chain) != 2 or "TCB Signing" not in x509chain.name(signer):
+        message = f"{what}: expected a TCB signing certificate directly below the root, got {x509chain.name(signer)}"
+        raise TcbError(message, code="endorsements.signer", step="2")
+    if x509chain.is_revoked(signer, endorsements.root_crl):
+        raise TcbError(f"{what}: its signer is revoked", code="endorsements.signer_revoked", step="2")
+    if not p256_verifies(signer, item.signature, item.text):
+        raise TcbError(f"{what}: signature does not verify", code="endorsements.signature", step="2")
+
+
+def _verify_pck_crl(endorsements: Endorsements, root: x509.Certificate, now: int) -> None:
+    chain = endorsements.pck_crl_chain
+    if len(chain) != 2:
+        raise TcbError(f"PCK CRL issuer chain: expected 2, got {len(chain)}", code="endorsements.short", step="2")
+    issuer = chain[0]
+    try:
+        issuer.verify_directly_issued_by(root)
+    except (ValueError, TypeError, InvalidSignature) as err:
+        message = f"{x509chain.name(issuer)}: expected to be issued by the root"
+        raise TcbError(message, code="endorsements.signature", step="2") from err
+    _chained(lambda: x509chain.verify_time(issuer, now), "PCK CRL issuer")
+    _chained(lambda: x509chain.verify_crl(endorsements.pck_crl, issuer, now=now), "PCK CRL")
+
+
+def p256_verifies(certificate: x509.Certificate, signature: bytes, message: bytes) -> bool:
+    """Whether the certificate's P-256 key made the raw 64-byte (r || s) ECDSA-SHA256 `signature` over `message`."""
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        return False
+    der = encode_dss_signature(int.from_bytes(signature[:32]), int.from_bytes(signature[32:]))
+    try:
+        key.verify(der, message, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""The measured registers of a TD against reference values, and the firmware's event log against the registers.
+
+Reference values are those of measurement manifests the policy pinned: MRTD and RTMR0 per launch shape, RTMR1 and RTMR2
+per image, and the launch constants. A difference names the register, both values and, when the event log replays to
+what was found, the first event that differs from the manifest's. Event logs: see `formats.eventlog`.
+Not checked here: RTMR3 (`tdx.runtime_log`), and that an event's digest is the hash of its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from countermark.errors import MeasurementError, Undecidable
+from countermark.formats import eventlog
+from countermark.formats.eventlog import EV_NO_ACTION, EventLog
+from countermark.formats.manifest import Manifest, Shape
+from countermark.formats.quote import TdReport
+
+_LAUNCH: Final = ("mrconfigid", "mrowner", "mrownerconfig", "td_attributes", "xfam")
+
+
+def _expected(image: Manifest, shape: Shape) -> dict[str, bytes]:
+    registers = {"mrtd": shape.mrtd, "rtmr0": shape.rtmr0, "rtmr1": image.rtmr1, "rtmr2": image.rtmr2}
+    return registers | {name: getattr(image, name) for name in _LAUNCH}
+
+
+def verify_registers(
+    report: TdReport, images: Sequence[Manifest], *, platform: str, claimed: bytes, ccel: EventLog, now: int
+) -> tuple[Manifest, Shape]:
+    """Step 5: find the one pinned image and launch shape whose every register this is.
+
+    `claimed`: the image id the evidence claims, only used to choose which differences to report. Raises `Undecidable`
+    `measurement.no_reference` (the policy pins no image) or `MeasurementError`: `measurement.platform`,
+    `measurement.<register>`, `manifest.not_yet_valid`, `manifest.expired`.
+    """
+    if not images:
+        message = "reference values: expected a pinned measurement manifest in the policy, got none"
+        raise Undecidable(message, code="measurement.no_reference", step="5")
+    candidates = [(image, shape) for image in images if image.platform == platform for shape in image.shapes]
+    if not candidates:
+        known = sorted({image.platform for image in images})
+        message = f"platform: expected one of {known} as pinned, got {platform}"
+        raise MeasurementError(message, code="measurement.platform", step="5")
+    differing = []
+    for image, shape in candidates:
+        wanted = _expected(image, shape)
+        names = [name for name, value in wanted.items() if getattr(report, name) != value]
+        if not names:
+            _verify_validity(image, now)
+            return image, shape
+        differing.append((image.image_id != claimed, len(names), image, shape, names[0]))
+    _, _, image, shape, name = min(differing, key=lambda item: item[:2])
+    wanted_value, found = _expected(image, shape)[name], getattr(report, name)
+    message = f"{name}: expected {wanted_value.hex()}, got {found.hex()} (image {image.image_id.hex()}, {shape.name})"
+    if name.startswith("rtmr"):
+        message += f"; {_first_difference(image, shape, ccel, int(name[4]), found)}"
+    raise MeasurementError(message, code=f"measurement.{name}", step="5")
+
+
+def _verify_validity(image: Manifest, now: int) -> None:
+    if now < image.not_before:
+        message = f"manifest of image {image.image_id.hex()}: valid from {image.not_before}, time is {now}"
+        raise MeasurementError(message, code="manifest.not_yet_valid", step="5")
+    if now > image.not_after:
+        message = f"manifest of image {image.image_id.hex()}: valid until {image.not_after}, time is {now}"
+        raise MeasurementError(message, code="manifest.expired", step="5")
+
+
+def _first_difference(image: Manifest, shape: Shape, ccel: EventLog, rtmr: int, found: bytes) -> str:
+    if eventlog.replay(ccel.events)[rtmr] != found:
+        return "the event log does not replay to it, so it cannot say which event differs"
+    wanted = [event for event in image.events if event.register == rtmr + 1 and event.shape in ("", shape.name)]
+    logged = [event for event in ccel.events if event.register == rtmr + 1 and event.event_type != EV_NO_ACTION]
+    for position, (left, right) in enumerate(zip(wanted, logged, strict=False)):
+        if left.digest != right.digest:
+            what = f"first differing event {position} ({left.note or left.source})"
+            return f"{what}: expected {left.digest.hex()}, got {right.digest.hex()}"
+    return f"expected {len(wanted)} events, got {len(logged)}"
+
+
+def verify_event_log(report: TdReport, ccel: EventLog) -> str:
+    """Step 6, first log: the firmware's events replay to RTMR0, RTMR1 and RTMR2, and touch nothing else.
+
+    Returns one line for the check's detail. Raises `MeasurementError` `eventlog.rtmr0` to `eventlog.rtmr3`.
+    """
+    for index, value in enumerate(eventlog.replay(ccel.events)):
+        expected = bytes(48) if index == 3 else report.rtmrs[index]
+        if value != expected:
+            message = f"event log: expected to replay to rtmr{index} = {expected.hex()}, got {value.hex()}"
+            raise MeasurementError(message, code=f"eventlog.rtmr{index}", step="6")
+    return f"{len(ccel.events)} firmware events replay to RTMR0-2"

@@ -1,0 +1,139 @@
+"""X.509 chains and CRLs as endorsements use them: pinned root, explicit time, one exact path.
+
+RFC 5280 sections 6.1 and 6.3 cut down to what vendor device chains are: the given order is leaf first, the last
+certificate is the pinned root itself, every other is issued by the next. Time never comes from the clock.
+Not checked here: policies, name constraints, and path building (there is one path or none). For TDX the same chains are
+checked again by dcap-qvl; this module exists so that a refusal carries a stable code and so that GPU chains have a path
+check that works offline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from countermark.errors import FormatError
+from countermark.formats.quote import parse_pem_chain as pem_to_der
+
+MAX_CERTIFICATES: Final = 8
+MAX_CHAIN_BYTES: Final = 64 * 1024
+MAX_CRL_BYTES: Final = 4 * 1024 * 1024
+
+
+class ChainError(Exception):
+    """Why a chain or CRL was refused; `reason` is a short stable word that the caller turns into its own code."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def digest(certificate: x509.Certificate) -> bytes:
+    """SHA-256 of the certificate's DER bytes: how policies name a root."""
+    return hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest()
+
+
+def name(certificate: x509.Certificate) -> str:
+    """The subject as printed in messages."""
+    return certificate.subject.rfc4514_string()
+
+
+def parse_pem_chain(data: bytes, what: str) -> tuple[x509.Certificate, ...]:
+    """Parse PEM certificates, leaf first. Raises `FormatError` `<what>.pem` or `<what>.chain`."""
+    if len(data) > MAX_CHAIN_BYTES:
+        message = f"{what}: expected at most {MAX_CHAIN_BYTES} bytes of PEM, got {len(data)}"
+        raise FormatError(message, code=f"{what}.chain")
+    return parse_der_chain(pem_to_der(data, what), what)
+
+
+def parse_der_chain(items: Sequence[bytes], what: str) -> tuple[x509.Certificate, ...]:
+    """Parse DER certificates, leaf first. Raises `FormatError` with code `<what>.chain`."""
+    code = f"{what}.chain"
+    if not 1 <= len(items) <= MAX_CERTIFICATES or sum(map(len, items)) > MAX_CHAIN_BYTES:
+        raise FormatError(f"{what}: expected 1 to {MAX_CERTIFICATES} certificates", code=code)
+    try:
+        return tuple(x509.load_der_x509_certificate(item) for item in items)
+    except ValueError as err:
+        raise FormatError(f"{what}: expected X.509 certificates: {err}", code=code) from err
+
+
+def parse_crl(data: bytes, what: str) -> x509.CertificateRevocationList:
+    """Parse a DER CRL. Raises `FormatError` with code `<what>.crl`."""
+    if len(data) > MAX_CRL_BYTES:
+        raise FormatError(f"{what}: expected at most {MAX_CRL_BYTES} bytes", code=f"{what}.crl")
+    try:
+        return x509.load_der_x509_crl(data)
+    except ValueError as err:
+        raise FormatError(f"{what}: expected a DER certificate revocation list: {err}", code=f"{what}.crl") from err
+
+
+def is_ca(certificate: x509.Certificate) -> bool:
+    """Whether basicConstraints says CA (absent means no)."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return False
+
+
+def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) -> None:
+    """Verify `chain` (leaf first, root last) up to the root whose SHA-256 is `root`, at time `now`.
+
+    Raises `ChainError`: `root` (another root), `short`, `ca` (an issuer that is no CA, or a leaf that is one),
+    `signature`, `not_yet_valid`, `expired`.
+    """
+    if digest(chain[-1]) != root:
+        message = f"root: expected SHA-256 {root.hex()}, got {digest(chain[-1]).hex()} ({name(chain[-1])})"
+        raise ChainError("root", message)
+    if len(chain) < 2:
+        raise ChainError("short", f"chain: expected a certificate below the root, got {name(chain[0])} alone")
+    if is_ca(chain[0]):
+        raise ChainError("ca", f"{name(chain[0])}: expected an end entity, got a CA")
+    issuers = (*chain[1:], chain[-1])
+    for certificate, issuer in zip(chain, issuers, strict=True):
+        if not is_ca(issuer):
+            raise ChainError("ca", f"{name(issuer)}: expected a CA certificate")
+        try:
+            certificate.verify_directly_issued_by(issuer)
+        except (ValueError, TypeError, InvalidSignature) as err:
+            message = f"{name(certificate)}: expected to be issued by {name(issuer)}"
+            raise ChainError("signature", message) from err
+        verify_time(certificate, now)
+
+
+def verify_time(certificate: x509.Certificate, now: int) -> None:
+    """Raises `ChainError` `not_yet_valid` or `expired` when `now` is outside the certificate's validity."""
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now < start.timestamp():
+        raise ChainError("not_yet_valid", f"{name(certificate)}: valid from {start.isoformat()}, time is {now}")
+    if now > end.timestamp():
+        raise ChainError("expired", f"{name(certificate)}: valid until {end.isoformat()}, time is {now}")
+
+
+def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *, now: int) -> None:
+    """Verify that `issuer` signed `crl` and that it is current at `now`.
+
+    Raises `ChainError`: `crl_issuer`, `crl_signature`, `not_yet_valid`, `expired` (also when nextUpdate is absent).
+    """
+    if crl.issuer != issuer.subject:
+        raise ChainError("crl_issuer", f"CRL: expected issuer {name(issuer)}, got {crl.issuer.rfc4514_string()}")
+    try:
+        valid = crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # other key types raise
+    except (TypeError, ValueError) as err:
+        raise ChainError("crl_signature", f"CRL of {name(issuer)}: {err}") from err
+    if not valid:
+        raise ChainError("crl_signature", f"CRL of {name(issuer)}: signature does not verify")
+    if now < crl.last_update_utc.timestamp():
+        start = crl.last_update_utc.isoformat()
+        raise ChainError("not_yet_valid", f"CRL of {name(issuer)}: valid from {start}, time is {now}")
+    if crl.next_update_utc is None or now > crl.next_update_utc.timestamp():
+        raise ChainError("expired", f"CRL of {name(issuer)}: nextUpdate {crl.next_update_utc}, time is {now}")
+
+
+def is_revoked(certificate: x509.Certificate, crl: x509.CertificateRevocationList) -> bool:
+    """Whether the CRL (already verified, same issuer as the certificate) lists the certificate's serial number."""
+    return crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None
