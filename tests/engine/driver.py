@@ -9,7 +9,22 @@ from collections.abc import Sequence
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.request import DoneEvent, Event, Handle, Request, TokensEvent
 
-WORDS = "the quick brown fox jumps over a lazy dog and then another thing in the meantime".split()
+WORDS = (
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "then",
+    "another",
+    "thing",
+    "in",
+    "meantime",
+)
 
 
 class Answer:

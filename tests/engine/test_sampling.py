@@ -42,7 +42,7 @@ def test_the_server_draws_another_seed_each_time_and_keeps_the_clients() -> None
         *[("seed", v) for v in (-1, 1 << 64, 0.5, True)],
         *[
             ("logit_bias", v)
-            for v in ({VOCAB: 1.0}, {-1: 1.0}, {1: 101.0}, {1: math.nan}, {i: 0.0 for i in range(1025)})
+            for v in ({VOCAB: 1.0}, {-1: 1.0}, {1: 101.0}, {1: math.nan}, dict.fromkeys(range(1025), 0.0))
         ],
     ],
 )

@@ -96,7 +96,8 @@ class TinyArtefact:
             return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
         if name.endswith(".scale"):
             width = {"qkv": 96, "gate_up": 96, "o": 128, "down": 192, "head": 96}[name.split(".")[-2]]
-            return (0.5 + torch.rand(shape, generator=generator)) * (3.0 / (73.0 * math.sqrt(width)))
+            spread = 1.2 if "qkv" in name else 3.0  # larger scores would make attention a coin toss between two tokens
+            return (0.5 + torch.rand(shape, generator=generator)) * (spread / (73.0 * math.sqrt(width)))
         if name.endswith("_norm"):
             return 0.5 + torch.rand(shape, generator=generator)
         return torch.randn(shape, generator=generator)

@@ -1,1 +1,1 @@
-"""The serving engine of the exact profile: tokens in, tokens and fingerprints out; knows neither gRPC nor attestation."""
+"""The serving engine: tokens in, tokens and fingerprints out; knows neither gRPC nor attestation."""

@@ -174,7 +174,7 @@ class Engine:
             return min(DEFAULT_MAX_TOKENS, room)
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= room:
             raise RequestError(
-                f"max_tokens: expected 1 to {room} (context {self._config.context}, prompt {prompt}), got {wanted!r:.40}",
+                f"max_tokens: expected 1 to {room} beside a prompt of {prompt} tokens, got {wanted!r:.40}",
                 code="request.max_tokens",
             )
         return wanted

@@ -169,7 +169,9 @@ class Model:
 
 def _spans(chunks: Sequence[Chunk]) -> tuple[list[Span], list[Span], list[int]]:
     """All rows as spans; the rows with logits as spans among themselves; their indices among all rows."""
-    spans, wanted, rows = [], [], []
+    spans: list[Span] = []
+    wanted: list[Span] = []
+    rows: list[int] = []
     at = 0
     for chunk in chunks:
         count = len(chunk.tokens)

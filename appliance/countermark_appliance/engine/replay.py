@@ -88,15 +88,16 @@ class ExactRunner:
             raise FormatError(
                 f"fingerprints: expected {len(output_tokens)}, got {len(fingerprints)}", code="replay.tokens"
             )
-        params = kernel_params(sampling)
+        params = kernel_params(sampling, self._model.vocab)
         prompt = len(prompt_tokens)
         for first, logits in self._teacher_forced(tokens, prompt):
             rows = [Row(params=params, tokens=tokens, prompt=prompt, length=first + i) for i in range(logits.shape[0])]
             ids, marks = draw(logits, rows)
-            for i, (token, mark) in enumerate(zip(ids, marks, strict=True)):
+            for i, local in enumerate(zip(ids, marks, strict=True)):
                 at = first + i - prompt
-                if token != output_tokens[at] or mark != fingerprints[at]:
-                    return _difference(at, logits[i], output_tokens[at], token, fingerprints[at], mark)
+                recorded = (output_tokens[at], fingerprints[at])
+                if local != recorded:
+                    return _difference(at, logits[i], recorded=recorded, local=local)
         return None
 
     def regenerate(
@@ -109,7 +110,7 @@ class ExactRunner:
     ) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
         """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
         tokens = self._checked(prompt_tokens, ())
-        params = kernel_params(sampling)
+        params = kernel_params(sampling, self._model.vocab)
         stop_tokens = () if ignore_eos else self._artefact.config.eos_ids
         limit = min(max_tokens, self._model.context - len(tokens))
         text = TextStream(stop)
@@ -154,23 +155,27 @@ class ExactRunner:
         return tokens
 
 
-def kernel_params(sampling: Mapping[str, Any]) -> SamplerParams:
+def kernel_params(sampling: Mapping[str, Any], vocab: int) -> SamplerParams:
     """The recorded settings as the kernel takes them. Raises `FormatError` (`replay.sampling`)."""
     try:
-        return ResolvedSampling(**sampling).kernel_params()
+        params = ResolvedSampling(**sampling).kernel_params()
+        biased = all(0 <= token < vocab for token in params.logit_bias)
     except (TypeError, ValueError, OverflowError) as err:
         raise FormatError(f"sampling: {err!s:.200}", code="replay.sampling") from err
+    if not biased:
+        raise FormatError(f"sampling.logit_bias: expected ids below {vocab}", code="replay.sampling")
+    return params
 
 
 def _difference(
-    position: int, logits: Tensor, recorded: int, local: int, recorded_mark: bytes, local_mark: bytes
+    position: int, logits: Tensor, *, recorded: tuple[int, bytes], local: tuple[int, bytes]
 ) -> Mapping[str, object]:
     return {
         "position": position,
-        "recorded_token": recorded,
-        "local_token": local,
-        "fingerprint_equal": recorded_mark == local_mark,
-        "logit_gap": float(logits[local]) - float(logits[recorded]),
-        "recorded_fingerprint": recorded_mark.hex(),
-        "local_fingerprint": local_mark.hex(),
+        "recorded_token": recorded[0],
+        "local_token": local[0],
+        "fingerprint_equal": recorded[1] == local[1],
+        "logit_gap": float(logits[local[0]]) - float(logits[recorded[0]]),
+        "recorded_fingerprint": recorded[1].hex(),
+        "local_fingerprint": local[1].hex(),
     }

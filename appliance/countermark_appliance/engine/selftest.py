@@ -1,13 +1,14 @@
 """Before the engine serves: do the kernels compute the profile on this machine, and does the whole pass hang together?
 
-First the kernels' own known-answer tests. Then a fixed prompt is computed in one piece and again in uneven pieces beside
-a neighbour; every fingerprint must be equal. That also warms up what is allocated lazily. Not checked here: that the
-weights give good answers; `bench/quality.py` measures that.
+First the kernels' own known-answer tests. Then a fixed prompt is computed in one piece and again in uneven pieces
+beside a neighbour; every fingerprint must be equal. That also warms up what is allocated lazily. Not checked here: that
+the weights give good answers; `bench/quality.py` measures that.
 """
 
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 
 import torch
 
@@ -43,7 +44,7 @@ def self_test(model: Model) -> bytes:
 def _in_pieces(model: Model, prompt: list[int]) -> list[bytes]:
     cache, other = model.new_cache(), model.new_cache()
     found: list[bytes] = []
-    for start, end in zip(CUTS, CUTS[1:], strict=False):
+    for start, end in pairwise(CUTS):
         mine = Chunk(cache=cache, start=start, tokens=prompt[start:end], logits=len(prompt[start:end]))
         neighbour = Chunk(cache=other, start=start, tokens=prompt[::-1][start:end], logits=0)
         if mine.tokens:

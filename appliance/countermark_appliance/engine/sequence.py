@@ -1,11 +1,12 @@
 """One request inside the engine: its tokens so far, its cache, its text, and when it is over.
 
-A sequence belongs to the engine's thread; only `cancel` may be called from elsewhere. It emits one `TokensEvent` for each
-token and exactly one `DoneEvent`. A sink that raises ends its own sequence and nobody else's.
+A sequence belongs to the engine's thread; only `cancel` may be called from elsewhere. It emits one `TokensEvent` for
+each token and exactly one `DoneEvent`. A sink that raises ends its own sequence and nobody else's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from countermark_appliance.engine.draw import Row
@@ -119,9 +120,6 @@ class Sequence:
                 self._sink_failed(err)
 
     def _sink_failed(self, err: Exception) -> None:
-        """One attempt to tell the sink that it is over; it may well fail again."""
-        detail = f"sink: {type(err).__name__}"
-        try:
-            self._sink(self._done_event(Finish.ERROR, detail))
-        except Exception:  # noqa: BLE001, S110  nobody is left to tell
-            pass
+        """One attempt to tell the sink that it is over; it may well fail again, and nobody else is left to tell."""
+        with contextlib.suppress(Exception):
+            self._sink(self._done_event(Finish.ERROR, f"sink: {type(err).__name__}"))

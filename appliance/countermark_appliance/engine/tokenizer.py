@@ -2,8 +2,8 @@
 
 Two encodings: `encode` reads ordinary text, in which no special token exists, whatever the text looks like;
 `encode_marked` reads a rendered chat template, whose own special tokens count, and where a mark inside an apparent
-special token says that it came from a user and is ordinary text (see `chat.py`). Decoding works on bytes: every id has a
-fixed byte string (the byte-level alphabet of GPT-2 undone; special tokens have none), so any cut between ids is a cut
+special token says that it came from a user and is ordinary text (see `chat.py`). Decoding works on bytes: every id has
+a fixed byte string (the byte-level alphabet of GPT-2 undone; special tokens have none), so any cut between ids is a cut
 between bytes and nothing is re-guessed. Other tokenizer kinds are refused by name. Not checked here: that the file
 belongs to the model; the artefact's manifest does that.
 """
@@ -37,7 +37,7 @@ class Tokenizer:
         document["post_processor"] = document["truncation"] = document["padding"] = None
         try:
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(document))
-        except Exception as err:  # noqa: BLE001  the binding raises bare Exception
+        except Exception as err:  # the binding raises bare Exception
             raise FormatError(f"tokenizer.json: {err!s:.200}", code="tokenizer.malformed") from err
         grows = 1 if document.get("normalizer") is None else 4  # a normalizer may shorten what it is given
         self._bytes_a_token = grows * max(map(len, self._bytes))
@@ -160,7 +160,7 @@ def _byte_table(document: dict[str, Any], vocab: int) -> list[bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (OpenAI GPT-2, encoder.py, `bytes_to_unicode`)."""
+    """The printable character that byte-level BPE writes for each byte (GPT-2, encoder.py, `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
