@@ -2,7 +2,8 @@
 
 COSE_Key in and out is `formats.cose_key`; here the numbers become keys: ES256 (ECDSA P-256, SHA-256, raw r || s of 64
 bytes, low s only, because (r, n - s) verifies too and a signature of ours has one form), Ed25519 (RFC 8032), ML-DSA-44
-and ML-DSA-65 (FIPS 204, pure, with its context string). Not checked here: what a key is for.
+and ML-DSA-65 (FIPS 204, pure, with its context string).
+Not checked here: what a key is for.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 from cryptography import x509
@@ -93,8 +94,8 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) ->
         raise ChainError("short", f"chain: expected a certificate below the root, got {name(chain[0])} alone")
     if is_ca(chain[0]):
         raise ChainError("ca", f"{name(chain[0])}: expected an end entity, got a CA")
-    issuers = (*chain[1:], chain[-1])
-    for certificate, issuer in zip(chain, issuers, strict=True):
+    verify_time(chain[-1], now)  # pinned by its digest, so its signature over itself adds nothing
+    for certificate, issuer in pairwise(chain):
         if not is_ca(issuer):
             raise ChainError("ca", f"{name(issuer)}: expected a CA certificate")
         try:

@@ -3,9 +3,10 @@
 SPDM 1.1 (DMTF DSP0274 1.1.0, section 10.11) MEASUREMENTS with signature: ECDSA P-384 over SHA-384 of the request and
 the response without its signature, which in SPDM 1.1 carries no signing context. The leaf certificate's TCG DICE
 extension (2.23.133.5.4.1) names the firmware (FWID) the leaf key was derived for; the report repeats it. A report
-without it (such as driver 535 made) says nothing about the firmware that signed it, and is refused. Not checked here:
-the measurements against reference manifests (RIM; none exist for a simulated GPU), certificate revocation (NVIDIA
-publishes it by OCSP only), and the CC mode, which the driver knows and RTMR3 carries (`tdx.runtime_log`).
+without it (such as driver 535 made) says nothing about the firmware that signed it, and is refused.
+Not checked here: the measurements against reference manifests (RIM; none exist for a simulated GPU), certificate
+revocation (NVIDIA publishes it by OCSP only), and the CC mode, which the driver knows and RTMR3 carries
+(`tdx.runtime_log`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Layout version 1, ours. Every table and key is listed in `parse_policy`; anything else is refused by its dotted name,
 and nothing is read from the environment. Digests are lower-case hex, times RFC 3339 with an offset.
-`encode_policy(parse_policy(text))` keeps every value (comments are ours). Not checked here: contradictions between
-fields, which constructing the `Policy` checks.
+`encode_policy(parse_policy(text))` keeps every value (comments are ours).
+Not checked here: contradictions between fields, which constructing the `Policy` checks.
 """
 
 from __future__ import annotations

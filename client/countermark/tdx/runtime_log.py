@@ -3,7 +3,8 @@
 `formats.boot_events` fixes the grammar: image id, config, weights root, numerics, GPUs, keys, `system-ready`, each
 once, in that order, each digest recomputed from its data. The register must be the replay of exactly these events from
 zero, so an event after `system-ready`, one before the first, a non-zero start or a claim that was never extended all
-differ. Not checked here: whether the values are the wanted ones (`appraise`, steps 7 to 10).
+differ.
+Not checked here: whether the values are the wanted ones (`appraise`, steps 7 to 10).
 """
 
 from __future__ import annotations
