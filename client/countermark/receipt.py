@@ -48,7 +48,10 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted(Sealed):
-    """A checked INTENT: the appliance has committed to our request, durably, before any token."""
+    """A checked INTENT: the appliance has committed to our request, durably, before any token.
+
+    `checks`: those of the verdict, then ours.
+    """
 
     verdict: Verdict
     request: bytes
@@ -120,7 +123,7 @@ def verify_accepted(acceptance: Acceptance, verdict: Verdict, request: bytes) ->
     (`receipt.weights_root`) or `LogError` (`log.*`); the error carries the checks made so far.
     """
     _require_verdict(verdict)
-    steps = _Steps()
+    steps = Steps(verdict.checks)
     with steps.step("12", "the request was committed to, on this connection's evidence"):
         intent, asked = records.parse_intent(acceptance.record), parse_request(request)
         _check_intent(intent, asked, acceptance, verdict, request)
@@ -157,7 +160,7 @@ def verify_receipt(
     _require_verdict(verdict)
     if accepted.verdict is not verdict or accepted.request != request:
         raise ReceiptError("accepted: expected the one of this verdict and request", code="receipt.session", step="15")
-    steps = _Steps()
+    steps = Steps(accepted.checks)
     with steps.step("15", "receipt signed by both attested keys"):
         parsed = parse_receipt(receipt)
         for i, (role, algorithm) in enumerate(zip(_SIGNER_ROLES, SIGNERS, strict=True)):
@@ -179,20 +182,24 @@ def verify_receipt(
         answer=answer,
         receipt=receipt,
         checkpoint=checkpoint,
-        checks=(*accepted.checks, *steps.done),
+        checks=steps.done,
         seal=_SEAL,
     )
 
 
-class _Steps:
-    """Collects one `Check` a step; a failing step leaves through the error, which takes the checks with it."""
+class Steps:
+    """Collects one `Check` a step after those `before`; an error that ends a step takes them all with it."""
 
-    def __init__(self) -> None:
-        self._checks: list[Check] = []
+    def __init__(self, before: tuple[Check, ...]) -> None:
+        self._checks: list[Check] = list(before)
 
     @property
     def done(self) -> tuple[Check, ...]:
         return tuple(self._checks)
+
+    def skip(self, number: str, name: str, detail: str) -> None:
+        """Record a step that was not made; it never counts as a pass."""
+        self._checks.append(Check(step=number, name=name, status=Status.SKIP, detail=detail))
 
     @contextmanager
     def step(self, number: str, name: str) -> Iterator[None]:

@@ -87,7 +87,8 @@ class Recorder:
     ) -> Recorder:
         """Lock the directory, verify the previous log, begin this boot's with its EPOCH and CRASHED leaves.
 
-        `evidence_digest`: quote digest of the boot evidence, whose claims give this log as empty (size 0). Raises `ConfigError` (`log.locked`: another process has it; `log.directory`),
+        `evidence_digest`: quote digest of the boot evidence, whose claims give this log as empty (size 0,
+        `tlog.merkle.EMPTY_ROOT`). Raises `ConfigError` (`log.locked`: another process has it; `log.directory`),
         `LogError` (`log.previous`, `log.damaged`, `log.lost`), `Unavailable` (`log.full`).
         """
         lock = _lock(directory)

@@ -30,6 +30,8 @@ FINGERPRINT_BYTES = 16
 INTENT_FIELDS = ("prompt", "prompt_tokens", "raw_request")
 OUTCOME_FIELDS = ("fingerprints", "output_text", "output_tokens")
 FINISH_REASONS = ("stop", "eos", "length")
+EXACT_TIER = "exact"
+EXACT_CLAIMS = ("run", "batch", "chunking", "prefill-is-decode", "hardware")  # what no bit of an answer depends on
 ABORT_REASONS = ("cancelled", "deadline", "error", "shutdown")
 
 

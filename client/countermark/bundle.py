@@ -1,0 +1,175 @@
+"""The bundle: one file (`.cmk`) with everything it takes to verify an answer offline.
+
+A ZIP (APPNOTE 6.3) of stored entries in one fixed order, without times, attributes, comments or extra fields, so that
+equal content is an equal file and any ZIP tool opens it. `manifest.cbor` comes first: [name, size, SHA-256] of every
+other entry. A reader takes the names and contents from the local headers, encodes them again and compares: every byte
+of the file is accounted for. The digests find damage, not forgery: nothing in a bundle is believed before
+`countermark.verify` has checked it.
+
+Not here: what the entries mean (`formats`), and redaction, that is leaving out prompt or answer with their salts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from countermark.errors import BundleError, UsageError
+from countermark.formats import cbor
+from countermark.formats.evidence import MAX_EVIDENCE_BYTES
+from countermark.formats.manifest import MAX_MANIFEST_BYTES
+from countermark.formats.receipt import (
+    MAX_RECEIPT_BYTES,
+    Acceptance,
+    Answer,
+    encode_acceptance,
+    encode_answer,
+    parse_acceptance,
+    parse_answer,
+)
+
+VERSION: Final = 1
+SUFFIX: Final = ".cmk"
+MANIFEST: Final = "manifest.cbor"
+OPTIONAL: Final = "measurements.json"
+_MIB: Final = 1024 * 1024
+_ENTRIES: Final = {
+    "request.bin": 16 * _MIB,
+    "accepted.cbor": 8 * _MIB,
+    "answer.cbor": 32 * _MIB,
+    "receipt.cose": MAX_RECEIPT_BYTES,
+    "evidence.cbor": MAX_EVIDENCE_BYTES,
+    OPTIONAL: MAX_MANIFEST_BYTES,
+}
+MAX_BUNDLE_BYTES: Final = 64 * _MIB
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_VERSION_NEEDED, _DATE_1980 = 10, 0x21
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """The parsed, unverified content of a bundle. `manifest`: the signed measurement manifest, if it came along."""
+
+    request: bytes
+    acceptance: Acceptance
+    answer: Answer
+    receipt: bytes
+    evidence: bytes
+    manifest: bytes | None = None
+
+
+def encode_bundle(bundle: Bundle) -> bytes:
+    """The file's bytes. Raises `BundleError` (`bundle.size`)."""
+    entries = {
+        "request.bin": bundle.request,
+        "accepted.cbor": encode_acceptance(bundle.acceptance),
+        "answer.cbor": encode_answer(bundle.answer),
+        "receipt.cose": bundle.receipt,
+        "evidence.cbor": bundle.evidence,
+    }
+    if bundle.manifest is not None:
+        entries[OPTIONAL] = bundle.manifest
+    for name, data in entries.items():
+        if len(data) > _ENTRIES[name]:
+            raise BundleError(f"{name}: expected at most {_ENTRIES[name]} bytes, got {len(data)}", code="bundle.size")
+    return _encode_zip({MANIFEST: _manifest(entries), **entries})
+
+
+def parse_bundle(data: bytes) -> Bundle:
+    """Parse a bundle, accounting for every byte.
+
+    Raises `BundleError`: `bundle.size`, `bundle.container` (not exactly our ZIP), `bundle.digest` (an entry differs
+    from the manifest); `FormatError` of an entry that does not parse.
+    """
+    if len(data) > MAX_BUNDLE_BYTES:
+        raise BundleError(f"bundle: expected at most {MAX_BUNDLE_BYTES} bytes, got {len(data)}", code="bundle.size")
+    entries = _read_entries(data)
+    names = tuple(entries)
+    if names not in ((MANIFEST, *_ENTRIES), (MANIFEST, *(name for name in _ENTRIES if name != OPTIONAL))):
+        raise BundleError(f"bundle: expected its fixed entries in order, got {names!r:.200}", code="bundle.container")
+    if _encode_zip(entries) != data:
+        raise BundleError("bundle: bytes that belong to no entry, or a header that differs", code="bundle.container")
+    manifest = entries.pop(MANIFEST)
+    for name, content in entries.items():
+        if len(content) > _ENTRIES[name]:
+            raise BundleError(f"{name}: expected at most {_ENTRIES[name]} bytes", code="bundle.size")
+    if manifest != _manifest(entries):
+        raise BundleError("bundle: the entries are not the ones its manifest lists", code="bundle.digest")
+    return Bundle(
+        request=entries["request.bin"],
+        acceptance=parse_acceptance(entries["accepted.cbor"]),
+        answer=parse_answer(entries["answer.cbor"]),
+        receipt=entries["receipt.cose"],
+        evidence=entries["evidence.cbor"],
+        manifest=entries.get(OPTIONAL),
+    )
+
+
+def write_bundle(path: Path, bundle: Bundle) -> None:
+    """Write the file whole and durably, readable by its owner only: it holds the prompt.
+
+    Raises `BundleError` (`bundle.size`), `UsageError` (`bundle.unwritable`).
+    """
+    data = encode_bundle(bundle)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as err:
+        aside.unlink(missing_ok=True)
+        raise UsageError(f"bundle: {path}: {err.strerror}", code="bundle.unwritable") from err
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read and parse the file. Raises `UsageError` (`bundle.unreadable`) and as `parse_bundle`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BUNDLE_BYTES + 1)
+    except OSError as err:
+        raise UsageError(f"bundle: {path}: {err.strerror}", code="bundle.unreadable") from err
+    return parse_bundle(data)
+
+
+def _manifest(entries: Mapping[str, bytes]) -> bytes:
+    files = [[name, len(data), hashlib.sha256(data).digest()] for name, data in entries.items()]
+    return cbor.encode({"v": VERSION, "type": "countermark/bundle/v1", "files": files})
+
+
+def _encode_zip(entries: Mapping[str, bytes]) -> bytes:
+    body, directory = bytearray(), bytearray()
+    for name, data in entries.items():
+        encoded, offset = name.encode(), len(body)
+        about = (zlib.crc32(data), len(data), len(data), len(encoded), 0)
+        head = (_VERSION_NEEDED, 0, 0, 0, _DATE_1980)
+        body += _LOCAL.pack(b"PK\3\4", *head, *about) + encoded + data
+        directory += _CENTRAL.pack(b"PK\1\2", _VERSION_NEEDED, *head, *about, 0, 0, 0, 0, offset) + encoded
+    end = _END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), len(body), 0)
+    return bytes(body + directory + end)
+
+
+def _read_entries(data: bytes) -> dict[str, bytes]:
+    """Names and contents by the local headers, up to the central directory; everything else is compared later."""
+    entries: dict[str, bytes] = {}
+    at = 0
+    while data[at : at + 4] == b"PK\3\4" and len(entries) <= len(_ENTRIES):
+        if len(data) - at < _LOCAL.size:
+            raise BundleError("bundle: ends inside a header", code="bundle.container")
+        *_, size, name_size, _ = _LOCAL.unpack_from(data, at)
+        start = at + _LOCAL.size + name_size
+        at = start + size
+        name = data[start - name_size : start].decode("ascii", errors="replace")
+        if at > len(data) or name in entries:
+            raise BundleError("bundle: ends inside an entry, or names one twice", code="bundle.container")
+        entries[name] = data[start:at]
+    return entries

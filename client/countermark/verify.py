@@ -1,0 +1,78 @@
+"""Verify a bundle offline: the appraisal's steps in scope `bundle`, then the receipt's, then what only a bundle has.
+
+1-11 `appraise` · 12-18 `receipt` · 19 the measurement manifest that came along is signed by the policy's signers and
+describes the appraised image (SKIP without one: the policy's own reference values were used) · 20 witnesses: this
+version knows none, so every result is labelled `unwitnessed`.
+
+No network and no clock: the time is an argument. Claims about the connection (nonce, exporter) are assertions of the
+bundle's maker, so a bundle shows that the appliance answered this request, not who asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass
+from typing import Any, Final
+
+from countermark.appraise import Scope, TimeBasis, Verdict, appraise
+from countermark.bundle import Bundle
+from countermark.checks import Check
+from countermark.errors import MeasurementError
+from countermark.policy import Policy, verify_manifest
+from countermark.receipt import CheckedReceipt, Sealed, Steps, verify_accepted, verify_receipt
+
+UNWITNESSED: Final = "unwitnessed"
+_SEAL: Final = object()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification(Sealed):
+    """A verified bundle: everything it says holds as far as its checks go."""
+
+    receipt: CheckedReceipt
+    checks: tuple[Check, ...]
+    witnesses: str
+    seal: InitVar[object]
+
+    def __post_init__(self, seal: object) -> None:
+        if seal is not _SEAL:
+            raise TypeError("made by verify_bundle() only")
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.receipt.verdict
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-ready dict with stable keys."""
+        return {
+            "simulated": self.verdict.simulated,
+            "verification": "accept",
+            "witnesses": self.witnesses,
+            "checks": [check.as_json() for check in self.checks],
+            "verdict": self.verdict.as_json(),
+            "receipt": self.receipt.as_json(),
+        }
+
+
+def verify_bundle(
+    bundle: Bundle, policy: Policy, at: int, *, time_basis: TimeBasis = TimeBasis.ASSUMED
+) -> Verification:
+    """Verify a bundle under a policy at time `at` (unix seconds), or raise.
+
+    `time_basis`: `NOW` when `at` is this machine's clock, `ASSUMED` when somebody chose it. Raises what `appraise`,
+    `verify_accepted` and `verify_receipt` raise, and for step 19 `FormatError` (`manifest.*`) or `MeasurementError`
+    (`manifest.*`); the error carries all checks made so far.
+    """
+    verdict = appraise(bundle.evidence, policy, now=at, scope=Scope.BUNDLE, time_basis=time_basis)
+    accepted = verify_accepted(bundle.acceptance, verdict, bundle.request)
+    receipt = verify_receipt(bundle.receipt, verdict, request=bundle.request, accepted=accepted, answer=bundle.answer)
+    steps = Steps(receipt.checks)
+    if bundle.manifest is None:
+        steps.skip("19", "measurement manifest", "none in the bundle; the policy's own reference values were used")
+    else:
+        with steps.step("19", "measurement manifest signed by the policy's signers"):
+            image = verify_manifest(bundle.manifest, signers=policy.manifest_signers, now=at)
+            if image.image_id != verdict.image_id:
+                message = f"image id: expected {verdict.image_id.hex()}, got {image.image_id.hex()}"
+                raise MeasurementError(message, code="manifest.image")
+    steps.skip("20", "log witnesses", f"{UNWITNESSED}: nobody else is known to have seen this log")
+    return Verification(receipt=receipt, checks=steps.done, witnesses=UNWITNESSED, seal=_SEAL)
