@@ -124,19 +124,24 @@ def verify_accepted(acceptance: Acceptance, verdict: Verdict, request: bytes) ->
     """
     _require_verdict(verdict)
     steps = Steps(verdict.checks)
-    with steps.step("12", "the request was committed to, on this connection's evidence"):
+    with steps.step("12", "the request was committed to, on this connection's evidence") as detail:
         intent, asked = records.parse_intent(acceptance.record), parse_request(request)
         _check_intent(intent, asked, acceptance, verdict, request)
-    with steps.step("13", "appraised stack, settings as asked"):
+        detail.append(f"request {intent.request_id.hex()}; {len(acceptance.prompt_tokens)} prompt tokens")
+    with steps.step("13", "appraised stack, settings as asked") as detail:
         _check_stack(intent, verdict)
         check_settings(asked, intent)
-    with steps.step("14", "INTENT in the log before the first token"):
+        sampling = intent.sampling
+        detail.append(f"{intent.stack.model}, {intent.stack.profile}; temperature {sampling.temperature:g}")
+        detail.append(f"seed {sampling.seed} ({sampling.seed_origin}); {len(asked.settings)} settings as given")
+    with steps.step("14", "INTENT in the log before the first token") as detail:
         checkpoint = _open_checkpoint(acceptance.checkpoint, verdict)
         leaf = records.leaf_for(intent, acceptance.record, acceptance.leaf_salt, acceptance.leaf_index)
         hashed = _verify_leaf(leaf, acceptance.proof, checkpoint)
         if acceptance.leaf_index < verdict.claims.log_size:
             message = f"leaf index: expected at least the attested log size {verdict.claims.log_size}"
             raise LogError(f"{message}, got {acceptance.leaf_index}", code="log.stale")
+        detail.append(f"leaf {acceptance.leaf_index} of {checkpoint.size}; {checkpoint.origin}")
     return Accepted(
         verdict=verdict,
         request=request,
@@ -161,7 +166,7 @@ def verify_receipt(
     if accepted.verdict is not verdict or accepted.request != request:
         raise ReceiptError("accepted: expected the one of this verdict and request", code="receipt.session", step="15")
     steps = Steps(accepted.checks)
-    with steps.step("15", "receipt signed by both attested keys"):
+    with steps.step("15", "receipt signed by both attested keys") as detail:
         parsed = parse_receipt(receipt)
         for i, (role, algorithm) in enumerate(zip(_SIGNER_ROLES, SIGNERS, strict=True)):
             name = algorithm.name.lower()
@@ -169,13 +174,16 @@ def verify_receipt(
                 raise ReceiptError(f"kid of {algorithm.name}: expected the attested key's", code="receipt.kid")
             if not verdict.keys[role].verify(parsed.signatures[i], parsed.signed[i]):
                 raise ReceiptError(f"the {algorithm.name} signature does not verify", code=f"receipt.{name}")
+            detail.append(f"{algorithm.name} {parsed.kids[i].hex()[:16]}")
     payload = parsed.payload
     with steps.step("16", "the accepted INTENT and its OUTCOME"):
         outcome = _check_link(payload, accepted)
-    with steps.step("17", "the answer that was streamed"):
+    with steps.step("17", "the answer that was streamed") as detail:
         _check_answer(outcome, answer, accepted)
-    with steps.step("18", "one log, grown from the attested head"):
+        detail.append(f"{outcome.output_count} tokens with fingerprints; finish reason {outcome.finish_reason}")
+    with steps.step("18", "one log, grown from the attested head") as detail:
         checkpoint = _check_log(payload, outcome, accepted)
+        detail.append(f"sizes {verdict.claims.log_size}, {accepted.checkpoint.size}, {checkpoint.size}")
     return CheckedReceipt(
         accepted=accepted,
         outcome=outcome,
@@ -202,14 +210,16 @@ class Steps:
         self._checks.append(Check(step=number, name=name, status=Status.SKIP, detail=detail))
 
     @contextmanager
-    def step(self, number: str, name: str) -> Iterator[None]:
+    def step(self, number: str, name: str) -> Iterator[list[str]]:
+        """Run one step; what it appends to the yielded list becomes the check's detail."""
+        details: list[str] = []
         try:
-            yield
+            yield details
         except CountermarkError as err:
             failed = Check(step=number, name=name, status=Status.FAIL, detail=str(err), code=err.code)
             err.step, err.checks = number, (*self._checks, failed)
             raise
-        self._checks.append(Check(step=number, name=name, status=Status.PASS))
+        self._checks.append(Check(step=number, name=name, status=Status.PASS, detail="; ".join(details)))
 
 
 def _check_intent(intent: Intent, asked: Asked, acceptance: Acceptance, verdict: Verdict, request: bytes) -> None:

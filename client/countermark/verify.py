@@ -69,10 +69,11 @@ def verify_bundle(
     if bundle.manifest is None:
         steps.skip("19", "measurement manifest", "none in the bundle; the policy's own reference values were used")
     else:
-        with steps.step("19", "measurement manifest signed by the policy's signers"):
+        with steps.step("19", "measurement manifest signed by the policy's signers") as detail:
             image = verify_manifest(bundle.manifest, signers=policy.manifest_signers, now=at)
             if image.image_id != verdict.image_id:
                 message = f"image id: expected {verdict.image_id.hex()}, got {image.image_id.hex()}"
                 raise MeasurementError(message, code="manifest.image")
+            detail.append(f"image {image.image_id.hex()}, version {image.version}")
     steps.skip("20", "log witnesses", f"{UNWITNESSED}: nobody else is known to have seen this log")
     return Verification(receipt=receipt, checks=steps.done, witnesses=UNWITNESSED, seal=_SEAL)

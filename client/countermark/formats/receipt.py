@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cbor2
-
 from countermark.errors import FormatError
 from countermark.formats import cbor
 from countermark.formats.cose_key import Algorithm, CoseKey
@@ -34,7 +32,7 @@ P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 MAX_RECEIPT_BYTES = 2 * MAX_RECORD_BYTES + MAX_NOTE_BYTES + 32 * 1024
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 VERSION = 1
-_COSE_SIGN = 98
+_COSE_SIGN = b"\xd8\x62"  # the head of tag 98
 _ALG, _CRIT, _CONTENT_TYPE, _KID = 1, 2, 3, 4
 _REQUIRED = "required"
 _PROVEN = {"record": bytes, "salt": bytes, "index": int, "proof": list}
@@ -127,7 +125,7 @@ def encode_receipt(payload: bytes, kids: tuple[bytes, bytes], signatures: tuple[
     """The tagged COSE_Sign."""
     body, signers = _protected(kids)
     blocks = [[signer, {}, signature] for signer, signature in zip(signers, signatures, strict=True)]
-    return cbor.encode(cbor2.CBORTag(_COSE_SIGN, [body, {}, payload, blocks]))
+    return _COSE_SIGN + cbor.encode([body, {}, payload, blocks])
 
 
 def parse_receipt(data: bytes) -> Receipt:
@@ -136,10 +134,9 @@ def parse_receipt(data: bytes) -> Receipt:
     Raises `FormatError`: `cbor.*`, `receipt.form`, `receipt.signers` (not exactly our two, in order), `receipt.header`,
     `receipt.signature_form` (length or range), `receipt.high_s`, `receipt.field`.
     """
-    value = cbor.decode(data, max_bytes=MAX_RECEIPT_BYTES)
-    if not isinstance(value, cbor2.CBORTag) or value.tag != _COSE_SIGN:
+    if data[:2] != _COSE_SIGN:
         raise FormatError("receipt: expected a COSE_Sign (tag 98)", code="receipt.form")
-    body = _typed_list(value.value, bytes, dict, bytes, list)
+    body = _typed_list(cbor.decode(data[2:], max_bytes=MAX_RECEIPT_BYTES), bytes, dict, bytes, list)
     blocks = [_typed_list(block, bytes, dict, bytes) for block in body[3]]
     if body[1] or any(block[1] for block in blocks):
         raise FormatError("receipt: expected empty unprotected headers", code="receipt.header")
