@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from countermark.errors import ConfigError
 from countermark.formats import boot_events, eventlog
 from countermark.formats.boot_events import GpuIdentity, GpuMode
 from countermark.formats.eventlog import Event, EventLog, SpecId
@@ -175,11 +174,7 @@ def boot(state: State, launch: TdLaunch | None = None, *, roots: Sequence[Path] 
 
     Raises `ConfigError` `platform.code` when the code files cannot be read.
     """
-    try:
-        image = measure.image_id(roots)
-    except OSError as err:
-        raise ConfigError(f"platform: {err.filename}: {err.strerror}", code="platform.code") from err
-    return SimPlatform(state, launch or TdLaunch(), image)
+    return SimPlatform(state, launch or TdLaunch(), measure.image_id(roots))
 
 
 def _qe_report(attestation_key: bytes) -> EnclaveReport:

@@ -70,13 +70,19 @@ def code_roots() -> tuple[Path, ...]:
 
 
 def image_id(roots: Sequence[Path] | None = None) -> bytes:
-    """SHA-256 over name and content of every file below the roots (default: our packages), bytecode caches aside."""
+    """SHA-256 over name and content of every file below the roots (default: our packages), bytecode caches aside.
+
+    Raises `ConfigError` `platform.code` when a file cannot be read.
+    """
     state = hashlib.sha256(_CONTEXT)
-    for root in code_roots() if roots is None else roots:
-        files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*") if _measured(root, path))
-        for name, path in files:
-            label = f"{root.name}/{name}".encode()
-            state.update(len(label).to_bytes(4, "big") + label + hashlib.sha256(path.read_bytes()).digest())
+    try:
+        for root in code_roots() if roots is None else roots:
+            found = (path for path in root.rglob("*") if _measured(root, path))
+            for name, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
+                label = f"{root.name}/{name}".encode()
+                state.update(len(label).to_bytes(4, "big") + label + hashlib.sha256(path.read_bytes()).digest())
+    except OSError as err:
+        raise ConfigError(f"platform: {err.filename}: {err.strerror}", code="platform.code") from err
     return state.digest()
 
 
