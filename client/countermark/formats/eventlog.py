@@ -1,6 +1,6 @@
 """Measurement event logs: CCEL in TCG2 crypto-agile form (SHA-384 only), our RTMR3 log in the same form, JSON lists.
 
-TCG PC Client Platform Firmware Profile 1.06, section 10.2 (TCG_PCR_EVENT with the Spec ID event, then
+TCG PC Client Platform Firmware Profile 1.06, section 10 (TCG_PCR_EVENT with the Spec ID event, then
 TCG_PCR_EVENT2); UEFI 2.10 section 38.4.1 and the ACPI CCEL table for TDX: register index 0 is MRTD, 1 to 4 are RTMR0
 to RTMR3. The unused rest of a CCEL area is 0xff. The JSON form is the event list of dstack (its `imr` counts RTMRs
 from 0).

@@ -2,7 +2,7 @@
 
 Intel, "Intel TDX DCAP Quoting Library API" (rev 0.9), appendix A.3 (version 4) and A.4 (version 5); the TD report
 fields after Intel TDX Module 1.5 ABI (348551), TDREPORT_STRUCT and ATTRIBUTES; the enclave report after Intel SDM
-vol. 3D 38.16. Integers are little-endian. Only ECDSA-256 quotes with certification data type 6 around a type 5 PEM
+vol. 3D (REPORT). Integers are little-endian. Only ECDSA-256 quotes with certification data type 6 around a type 5 PEM
 chain are read, which is what the DCAP quoting enclave produces on a TDX platform. Reserved fields must be zero.
 
 Quoting services hand out quotes in a fixed-size buffer, so zero bytes may follow the signature data: they are kept as

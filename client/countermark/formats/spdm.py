@@ -1,6 +1,6 @@
 """NVIDIA Hopper GPU attestation report: one SPDM 1.1 GET_MEASUREMENTS request and its MEASUREMENTS response.
 
-DMTF DSP0274 1.1.0, tables 42 to 46 (messages and measurement blocks, little-endian); the opaque data is NVIDIA's list
+DMTF DSP0274 1.1.0, section 10.11 (messages and measurement blocks, little-endian); the opaque data is NVIDIA's list
 of type, size, value records (type numbers as published in NVIDIA/nvtrust). The signature is r || s on P-384, each 48
 bytes big-endian, over SHA-384 of everything before it (request and response), checked on genuine H100 reports.
 
