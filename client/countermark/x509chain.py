@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from countermark.errors import FormatError
@@ -24,6 +24,14 @@ from countermark.formats.quote import parse_pem_chain as pem_to_der
 MAX_CERTIFICATES: Final = 8
 MAX_CHAIN_BYTES: Final = 64 * 1024
 MAX_CRL_BYTES: Final = 4 * 1024 * 1024
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class ChainError(Exception):
@@ -58,9 +66,17 @@ def parse_der_chain(items: Sequence[bytes], what: str) -> tuple[x509.Certificate
     if not 1 <= len(items) <= MAX_CERTIFICATES or sum(map(len, items)) > MAX_CHAIN_BYTES:
         raise FormatError(f"{what}: expected 1 to {MAX_CERTIFICATES} certificates", code=code)
     try:
-        return tuple(x509.load_der_x509_certificate(item) for item in items)
-    except ValueError as err:
+        return tuple(_load_certificate(item) for item in items)
+    except _UNREADABLE as err:
         raise FormatError(f"{what}: expected X.509 certificates: {err}", code=code) from err
+
+
+def _load_certificate(der: bytes) -> x509.Certificate:
+    # cryptography reads most fields only when asked, and raises then: ask for all that is used later.
+    found = x509.load_der_x509_certificate(der)
+    _ = found.subject, found.issuer, found.extensions, found.not_valid_before_utc, found.not_valid_after_utc
+    _ = found.public_key(), found.signature_hash_algorithm
+    return found
 
 
 def parse_crl(data: bytes, what: str) -> x509.CertificateRevocationList:
@@ -68,16 +84,18 @@ def parse_crl(data: bytes, what: str) -> x509.CertificateRevocationList:
     if len(data) > MAX_CRL_BYTES:
         raise FormatError(f"{what}: expected at most {MAX_CRL_BYTES} bytes", code=f"{what}.crl")
     try:
-        return x509.load_der_x509_crl(data)
-    except ValueError as err:
+        crl = x509.load_der_x509_crl(data)
+        _ = crl.issuer, crl.last_update_utc, crl.next_update_utc, crl.extensions, crl.signature_hash_algorithm
+    except _UNREADABLE as err:
         raise FormatError(f"{what}: expected a DER certificate revocation list: {err}", code=f"{what}.crl") from err
+    return crl
 
 
 def is_ca(certificate: x509.Certificate) -> bool:
     """Whether basicConstraints says CA (absent means no)."""
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except x509.ExtensionNotFound:
         return False
 
 
@@ -98,12 +116,16 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) ->
     for certificate, issuer in pairwise(chain):
         if not is_ca(issuer):
             raise ChainError("ca", f"{name(issuer)}: expected a CA certificate")
-        try:
-            certificate.verify_directly_issued_by(issuer)
-        except (ValueError, TypeError, InvalidSignature) as err:
-            message = f"{name(certificate)}: expected to be issued by {name(issuer)}"
-            raise ChainError("signature", message) from err
+        verify_issued(certificate, issuer)
         verify_time(certificate, now)
+
+
+def verify_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> None:
+    """Raises `ChainError` `signature` unless `issuer` is the certificate's issuer by name and signature."""
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (*_UNREADABLE, InvalidSignature) as err:
+        raise ChainError("signature", f"{name(certificate)}: expected to be issued by {name(issuer)}") from err
 
 
 def verify_time(certificate: x509.Certificate, now: int) -> None:
@@ -124,7 +146,7 @@ def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *,
         raise ChainError("crl_issuer", f"CRL: expected issuer {name(issuer)}, got {crl.issuer.rfc4514_string()}")
     try:
         valid = crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # other key types raise
-    except (TypeError, ValueError) as err:
+    except _UNREADABLE as err:
         raise ChainError("crl_signature", f"CRL of {name(issuer)}: {err}") from err
     if not valid:
         raise ChainError("crl_signature", f"CRL of {name(issuer)}: signature does not verify")

@@ -2,8 +2,8 @@
 
 The GPUs are attached to the TD transitively: the measured driver listed their device keys and modes into RTMR3 at boot,
 and their reports now are signed by the same keys over a nonce that depends on ours. The nonce proves freshness, not
-place. Judging measurements against signed reference manifests (RIMs) is a step this module does not have: under NVIDIA's
-root it therefore cannot accept, and says so (`gpu.rim_missing`). RIMs that come along are carried, not judged.
+place. Judging measurements against signed reference manifests (RIMs) is a step this module does not have: under
+NVIDIA's root it therefore cannot accept, and says so (`gpu.rim_missing`). RIMs that come along are carried, not judged.
 Not checked here: one report's own signature and chain (`gpu.report`), and the hardware allow-list (step 9).
 """
 

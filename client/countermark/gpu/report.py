@@ -101,7 +101,7 @@ def _verify_fwid(leaf: x509.Certificate, report: Report) -> bytes:
         raise GpuError("GPU report: expected a firmware identifier, got none", code="gpu.fwid_missing", step="8")
     try:
         extension = leaf.extensions.get_extension_for_oid(DICE_FWID).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as err:
+    except x509.ExtensionNotFound as err:
         message = f"{x509chain.name(leaf)}: expected the DICE extension {DICE_FWID.dotted_string}"
         raise GpuError(message, code="gpu.fwid_missing", step="8") from err
     value = extension.value if isinstance(extension, x509.UnrecognizedExtension) else b""

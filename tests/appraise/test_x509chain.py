@@ -1,0 +1,96 @@
+"""X.509 from outside: whatever the bytes, a parsed value or one of our errors; and the path rules one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from countermark import x509chain
+from countermark.errors import FormatError
+from countermark.x509chain import ChainError
+from countermark_appliance.platform.sim.issue import issue_crl
+from sim_evidence import NOW, machine, sha256
+
+YEAR_S = 365 * 86_400
+
+
+def pck_chain() -> list[bytes]:
+    vendor = machine().vendor
+    return [vendor.pck.der, vendor.pck_ca.der, vendor.root.der]
+
+
+def changed(data: bytes, position: int, bits: int) -> bytes:
+    return data[:position] + bytes((data[position] ^ bits,)) + data[position + 1 :]
+
+
+def verify(items: list[bytes], *, root: bytes | None = None, now: int = NOW) -> None:
+    chain = x509chain.parse_der_chain(items, "test")
+    x509chain.verify_chain(chain, root=root or sha256(machine().root_der), now=now)
+
+
+def test_the_good_chain_verifies() -> None:
+    verify(pck_chain())
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x80, 0xFF])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_any_changed_byte_of_a_chain_is_refused_with_our_errors(which: int, bits: int) -> None:
+    good = pck_chain()
+    for position in range(len(good[which])):
+        items = list(good)
+        items[which] = changed(good[which], position, bits)
+        with pytest.raises((FormatError, ChainError)):
+            verify(items)
+
+
+@pytest.mark.parametrize("bits", [0x01, 0x80, 0xFF])
+def test_any_changed_byte_of_a_crl_is_refused_with_our_errors(bits: int) -> None:
+    vendor = machine().vendor
+    good = issue_crl(vendor.pck_ca, this_update=NOW - 60, next_update=NOW + 60, revoked=[vendor.pck.certificate])
+    x509chain.verify_crl(x509chain.parse_crl(good, "test"), vendor.pck_ca.certificate, now=NOW)
+    for position in range(len(good)):
+        bad = changed(good, position, bits)
+        with pytest.raises((FormatError, ChainError)):
+            x509chain.verify_crl(x509chain.parse_crl(bad, "test"), vendor.pck_ca.certificate, now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("reason", "items", "now"),
+    [
+        ("root", [0, 1], NOW),
+        ("short", [2], NOW),
+        ("ca", [1, 2], NOW),
+        ("signature", [0, 2], NOW),
+        ("expired", [0, 1, 2], NOW + 3 * YEAR_S),
+        ("not_yet_valid", [0, 1, 2], NOW - YEAR_S),
+    ],
+)
+def test_path_rules(reason: str, items: list[int], now: int) -> None:
+    with pytest.raises(ChainError) as err:
+        verify([pck_chain()[index] for index in items], now=now)
+    assert err.value.reason == reason
+
+
+def test_a_leaf_that_issues_is_refused() -> None:
+    vendor = machine().vendor
+    with pytest.raises(ChainError) as err:
+        verify([vendor.tcb_signing.der, vendor.tcb_signing.der, vendor.root.der])
+    assert err.value.reason == "ca"
+
+
+def test_a_crl_needs_a_next_update_and_its_time() -> None:
+    vendor = machine().vendor
+    crl = x509chain.parse_crl(issue_crl(vendor.pck_ca, this_update=NOW, next_update=NOW + 60), "test")
+    for now, reason in ((NOW - 1, "not_yet_valid"), (NOW + 61, "expired")):
+        with pytest.raises(ChainError) as err:
+            x509chain.verify_crl(crl, vendor.pck_ca.certificate, now=now)
+        assert err.value.reason == reason
+
+
+def test_counts_and_sizes_are_capped_first() -> None:
+    for items in ([], [b""] * 9, [b"0" * 70_000]):
+        with pytest.raises(FormatError) as err:
+            x509chain.parse_der_chain(items, "test")
+        assert err.value.code == "test.chain"
+    with pytest.raises(FormatError) as err:
+        x509chain.parse_crl(b"0" * (5 << 20), "test")
+    assert err.value.code == "test.crl"
