@@ -13,29 +13,37 @@ from dataclasses import dataclass, field
 from countermark.errors import ChannelError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attested:
+    """The quote a connection was given: its digest (header and body) and the log size it states."""
+
+    quote_digest: bytes
+    log_size: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Connection:
-    """One TLS connection. `quote_digest` is set once, by its one successful Attest."""
+    """One TLS connection. `attested` is set once, by its one successful Attest."""
 
     number: int
     exporter: bytes
     tls_spki: bytes
-    quote_digest: bytes | None = None
+    attested: Attested | None = None
     _attesting: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def begin_attest(self) -> None:
         """Claim the connection's one Attest. Raises `ChannelError` (`channel.attested`) when it is used or in use."""
         with self._lock:
-            if self._attesting or self.quote_digest is not None:
+            if self._attesting or self.attested is not None:
                 raise ChannelError("attest: expected once per connection, got another", code="channel.attested")
             self._attesting = True
 
-    def end_attest(self, quote_digest: bytes | None) -> None:
+    def end_attest(self, attested: Attested | None) -> None:
         """Finish what `begin_attest` began; None when no evidence was produced, so that the client may try again."""
         with self._lock:
             self._attesting = False
-            self.quote_digest = quote_digest
+            self.attested = attested
 
 
 class Connections:

@@ -1,0 +1,327 @@
+"""Connect, attest, ask: the client's whole conversation with one appliance over one TLS connection.
+
+Order, none of which can be left out: TLS handshake, Attest under a fresh nonce, appraisal, and only then a prompt; of
+each stream the Accepted message is verified before a token is given out, and the receipt before there is an answer.
+A connection that ends takes its Session with it: whoever wants to go on connects, and appraises, again.
+
+What the peer says about errors is believed as far as the class and form of the code; its text is cut to printable
+characters. A peer that breaks the protocol or fails a check is not talked to again: the Session closes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from countermark.appraise import Scope, Verdict, appraise
+from countermark.binding import Connection
+from countermark.bundle import Bundle, write_bundle
+from countermark.channel import Channel
+from countermark.errors import (
+    ChannelError,
+    CountermarkError,
+    FormatError,
+    LogError,
+    RequestError,
+    Unavailable,
+    VerificationError,
+)
+from countermark.formats.receipt import Answer as Streamed
+from countermark.policy import Policy
+from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
+from countermark.wire import codec
+from countermark.wire import countermark_v1_pb2 as pb
+
+MAX_TEXT_CHARACTERS: Final = 16 * 1024 * 1024
+_SAID: Final = 300
+_CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: RequestError,
+    grpc.StatusCode.FAILED_PRECONDITION: ChannelError,
+    grpc.StatusCode.PERMISSION_DENIED: ChannelError,
+    grpc.StatusCode.OUT_OF_RANGE: LogError,
+}
+
+
+def connect(address: str, policy: Policy, *, now: int | None = None, timeout_s: float = 30.0) -> Session:
+    """Connect to `HOST:PORT`, demand evidence, appraise it; a Session or an error, nothing in between.
+
+    `now`: unix seconds, else this machine's clock. `timeout_s`: for all of it. Raises `Unavailable`, `ChannelError`
+    (see `Channel.open`), and what `appraise` raises, with its `checks`.
+    """
+    started = time.monotonic()
+    channel = Channel.open(address, timeout_s=timeout_s)
+    try:
+        nonce = secrets.token_bytes(codec.NONCE_BYTES)
+        attest = channel.grpc_channel.unary_unary(codec.ATTEST, None, None)
+        left_s = max(0.1, timeout_s - (time.monotonic() - started))
+        try:
+            answer = attest(pb.AttestRequest(nonce=nonce).SerializeToString(), timeout=left_s)
+            evidence = pb.AttestResponse.FromString(answer).evidence
+        except grpc.RpcError as err:
+            raise _translated(err, channel) from err
+        except DecodeError as err:
+            raise FormatError("attest: expected AttestResponse", code="attest.malformed") from err
+        facts = channel.facts
+        verdict = appraise(
+            evidence,
+            policy,
+            now=int(time.time()) if now is None else now,
+            scope=Scope.SESSION,
+            connection=Connection(
+                nonce=nonce,
+                exporter=facts.exporter,
+                peer_spki=facts.peer_spki,
+                group=facts.group,
+                version=facts.version,
+            ),
+        )
+        return Session(channel, verdict, evidence)
+    except BaseException:
+        channel.close()
+        raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A complete answer with its checked receipt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    receipt: CheckedReceipt
+    evidence: bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.receipt.verdict
+
+    def save(self, path: str | Path, *, manifest: bytes | None = None) -> Path:
+        """Write the bundle: everything needed to verify this answer offline, prompt and answer included.
+
+        `manifest`: the signed measurement manifest, to carry along. Raises as `bundle.write_bundle`.
+        """
+        accepted = self.receipt.accepted
+        bundle = Bundle(
+            request=accepted.request,
+            acceptance=accepted.acceptance,
+            answer=self.receipt.answer,
+            receipt=self.receipt.receipt,
+            evidence=self.evidence,
+            manifest=manifest,
+        )
+        write_bundle(Path(path), bundle)
+        return Path(path)
+
+
+class Session:
+    """An appraised connection. Make it with `connect`; use it as a context manager. Thread-safe."""
+
+    def __init__(self, channel: Channel, verdict: Verdict, evidence: bytes) -> None:
+        if type(verdict) is not Verdict or verdict.scope is not Scope.SESSION:
+            raise TypeError("verdict: expected one that appraise() made for this session")
+        self.verdict = verdict
+        self.evidence = evidence
+        self._channel = channel
+        self._generate = channel.grpc_channel.unary_stream(codec.GENERATE, None, None)
+
+    @property
+    def is_over(self) -> bool:
+        """The connection has ended; connect again."""
+        return self._channel.is_over
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[tuple[str, str]] | None = None,
+        model: str = "",
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        seed: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        ignore_eos: bool | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """Send a prompt (raw text) or messages ((role, content) pairs, under the model's chat template).
+
+        Returns once the appliance has committed to the request and that has been verified. Raises `RequestError`
+        (`request.*`), `Unavailable`, or, when the commitment does not verify, `FormatError` or `VerificationError`.
+        """
+        request = codec.encode_generate_request(
+            prompt=prompt,
+            messages=messages,
+            model=model,
+            max_tokens=max_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            logit_bias=logit_bias,
+            ignore_eos=ignore_eos,
+        )
+        if self._channel.is_over:
+            raise self._channel.failure() or Unavailable("session: closed", code="session.closed")
+        return Stream(self, self._channel, self._generate(request, timeout=timeout_s), request)
+
+    def close(self) -> None:
+        """End the connection. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream:
+    """One answer as it arrives: iterate for its text, then (or at once) `result`. For one thread."""
+
+    accepted: Accepted
+
+    def __init__(self, session: Session, channel: Channel, call: Any, request: bytes) -> None:
+        """Reads and verifies the first message; see `Session.generate`."""
+        self._session = session
+        self._channel = channel
+        self._call = call
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._characters = 0
+        self._answer: Answer | None = None
+        self._failure: BaseException | None = None
+        try:
+            first = self._read()
+            if first is None or first.WhichOneof("event") != "accepted":
+                raise FormatError("stream: expected Accepted first", code="stream.order")
+            self.accepted = verify_accepted(codec.acceptance(first.accepted), session.verdict, request)
+        except BaseException as err:
+            self._fail(err)
+            raise
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The token ids so far."""
+        return tuple(self._tokens)
+
+    def __iter__(self) -> Iterator[str]:
+        """The text that has not been given out yet, piece by piece, until the receipt has been verified."""
+        while True:
+            text = self._advance()
+            if text is None:
+                return
+            if text:
+                yield text
+
+    def result(self) -> Answer:
+        """The whole answer with its verified receipt; waits for what is still to come.
+
+        Raises `Unavailable` when it did not come to an end, else `FormatError`, `ReceiptError`, `LogError`.
+        """
+        while self._advance() is not None:
+            pass
+        assert self._answer is not None
+        return self._answer
+
+    def cancel(self) -> None:
+        """Ask the appliance to stop; it records an ABORT."""
+        self._call.cancel()
+
+    def _advance(self) -> str | None:
+        """The next message's text; None after the verified end."""
+        if self._failure is not None:
+            raise self._failure
+        if self._answer is not None:
+            return None
+        try:
+            message = self._read()
+            match message.WhichOneof("event") if message is not None else None:
+                case "tokens" if message is not None:
+                    return self._take(message.tokens)
+                case "finished" if message is not None:
+                    self._answer = self._finish(message.finished)
+                    return None
+                case kind:
+                    raise FormatError(f"stream: expected tokens or the receipt, got {kind}", code="stream.order")
+        except BaseException as err:
+            self._fail(err)
+            raise
+
+    def _read(self) -> pb.GenerateResponse | None:
+        try:
+            data = next(self._call, None)
+        except grpc.RpcError as err:
+            raise _translated(err, self._channel) from err
+        return None if data is None else codec.parse_response(data)
+
+    def _take(self, tokens: pb.Tokens) -> str:
+        self._tokens += tokens.ids
+        self._characters += len(tokens.text)
+        most = self.accepted.intent.max_tokens
+        if len(self._tokens) > most or self._characters > MAX_TEXT_CHARACTERS or not (tokens.ids or tokens.text):
+            raise FormatError(f"stream: expected 1 to {most} tokens and their text", code="stream.size")
+        self._text.append(tokens.text)
+        return tokens.text
+
+    def _finish(self, finished: pb.Finished) -> Answer:
+        streamed = Streamed(
+            tokens=tuple(self._tokens),
+            text="".join(self._text),
+            fingerprints=tuple(finished.fingerprints),
+            field_salts=finished.field_salts,
+        )
+        receipt = verify_receipt(
+            finished.receipt,
+            self._session.verdict,
+            request=self.accepted.request,
+            accepted=self.accepted,
+            answer=streamed,
+        )
+        if self._read() is not None:
+            raise FormatError("stream: expected nothing after the receipt", code="stream.order")
+        return Answer(text=streamed.text, tokens=streamed.tokens, receipt=receipt, evidence=self._session.evidence)
+
+    def _fail(self, err: BaseException) -> None:
+        self._failure = err
+        self._call.cancel()
+        if isinstance(err, FormatError | VerificationError):
+            self._session.close()
+
+
+def _translated(err: grpc.RpcError, channel: Channel) -> CountermarkError:
+    """A failed call in our own terms."""
+    if not isinstance(err, grpc.Call):
+        return Unavailable(f"call: {type(err).__name__}", code="channel.lost")
+    status = err.code()
+    given = {str(key): str(value) for key, value in err.trailing_metadata() or ()}
+    code = given.get(codec.CODE_KEY, "")
+    if not codec.is_code(code):
+        if status is grpc.StatusCode.UNAVAILABLE:
+            lost = Unavailable("connection: lost", code="channel.lost")
+            return channel.failure(wait_s=1.0) or lost
+        code = f"server.{status.name.lower()}"
+    said = "".join(c if c.isprintable() else "?" for c in (err.details() or status.name)[:_SAID])
+    retry = given.get(codec.RETRY_KEY, "")
+    if retry.isascii() and retry.isdigit() and len(retry) < 9:
+        said += f" (retry after {int(retry) / 1000:g} s)"
+    return _CLASSES.get(status, Unavailable)(f"server: {said}", code=code)
