@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import hadamard, ieee, quantise
-from countermark_kernels.binding import check
+from countermark_kernels.binding import check, native
 
 
 def silu(x: Tensor) -> Tensor:
@@ -38,4 +38,10 @@ def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     width = gate_up.shape[1]
     if width % 2 or block < 1 or block & (block - 1) or width % (2 * block):
         raise ValueError(f"block: expected a power of two that divides half of {width}, got {block}")
-    return reference(gate_up, block)
+    library = native()
+    if library is None:
+        return reference(gate_up, block)
+    rows, half = gate_up.shape[0], width // 2
+    q, s = torch.empty(rows, half, dtype=torch.int8), torch.empty(rows)
+    library.call("cm_swiglu_quantise", gate_up.data_ptr(), rows, half, block, q.data_ptr(), s.data_ptr())
+    return q, s

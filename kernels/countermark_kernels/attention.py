@@ -24,6 +24,7 @@ a back end keeps them.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import check
+from countermark_kernels.binding import CSpan, check, native
 from countermark_kernels.linear import chunked_product, split
 from countermark_kernels.rope import HEAD_SIZES, Heads
 
@@ -81,12 +82,25 @@ class KvCache:
         stop = position + end - start
         if not (0 <= start <= end <= heads.k.shape[0] and position >= 0 and stop <= self.capacity):
             raise ValueError(f"rows: expected to fit a capacity of {self.capacity}, got {position}..{stop}")
+        library = native()
+        if library is not None:
+            span = self.native_span(layer, start, end, position)
+            rows = (heads.k, heads.s_k, heads.v, heads.s_v)
+            library.call("cm_append", ctypes.byref(span), self.kv_heads, self.head_dim, *(x.data_ptr() for x in rows))
+            return
         tokens = torch.arange(position, stop)
         k = heads.k[start:end].transpose(0, 1).reshape(self.kv_heads, end - start, self.head_dim // 4, 4)
         self.k[layer][:, tokens // TOKEN_BLOCK, :, tokens % TOKEN_BLOCK] = k.transpose(0, 1)
         self.v[layer][:, tokens // 2, :, tokens % 2] = heads.v[start:end]
         self.s_k[layer, :, position:stop] = heads.s_k[start:end].T
         self.s_v[layer, :, position:stop] = heads.s_v[start:end].T
+
+    def native_span(self, layer: int, start: int, end: int, position: int) -> CSpan:
+        """struct cm_span for rows start..end at `position` of `layer`."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer: expected 0..{self.layers - 1}, got {layer}")
+        tensors = (self.k, self.v, self.s_k, self.s_v)
+        return CSpan(start, end, position, self.capacity, *(x[layer].data_ptr() for x in tensors))
 
     def keys(self, layer: int, head: int, tokens: int) -> Tensor:
         """The first `tokens` keys of a head as [tokens, d] int8."""
@@ -151,6 +165,12 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
     check("s_q", s_q, torch.float32, (rows, heads))
     check_spans(spans, rows, heads, head_dim)
     out = torch.empty(rows, heads, head_dim)
+    library = native()
+    if library is not None and spans:
+        calls = (CSpan * len(spans))(*(x.cache.native_span(layer, x.start, x.end, x.position) for x in spans))
+        sizes = (len(spans), heads, spans[0].cache.kv_heads, head_dim, score_constant(head_dim))
+        library.call("cm_attend", calls, *sizes, q.data_ptr(), s_q.data_ptr(), out.data_ptr())
+        return out.reshape(rows, heads * head_dim)
     for span in spans:
         group = heads // span.cache.kv_heads
         for kv_head in range(span.cache.kv_heads):
@@ -178,7 +198,7 @@ def check_spans(spans: Sequence[Span], rows: int, heads: int, head_dim: int) -> 
         cache = span.cache
         if span.start != at or span.end <= span.start:
             raise ValueError(f"spans: expected one that starts at row {at}, got {span.start}..{span.end}")
-        if cache.head_dim != head_dim or heads % cache.kv_heads:
+        if cache.head_dim != head_dim or heads % cache.kv_heads or cache.kv_heads != spans[0].cache.kv_heads:
             raise ValueError(f"spans: expected a cache for {heads} heads of {head_dim}, got another")
         if span.position < 0 or span.position + span.end - span.start > cache.capacity:
             raise ValueError(f"spans: expected positions within {cache.capacity}, got {span.position}")

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from countermark_kernels.binding import check
+from countermark_kernels.binding import check, native
 
 _MASK = (1 << 64) - 1
 
@@ -50,7 +50,13 @@ def fingerprint(logits: Tensor, vocab: int) -> Tensor:
     check("logits", logits, torch.float32, (None, None))
     if not 1 <= vocab <= logits.shape[1]:
         raise ValueError(f"vocab: expected 1..{logits.shape[1]}, got {vocab}")
-    return reference(logits, vocab)
+    library = native()
+    if library is None:
+        return reference(logits, vocab)
+    rows, stride = logits.shape
+    lanes = torch.empty(rows, 2, dtype=torch.int64)
+    library.call("cm_fingerprint", logits.data_ptr(), rows, stride, vocab, factors(vocab).data_ptr(), lanes.data_ptr())
+    return lanes
 
 
 def encode(lanes: Tensor) -> list[bytes]:

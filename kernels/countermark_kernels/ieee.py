@@ -242,5 +242,5 @@ EXP2_DIGEST = 3676592844379889996
 
 
 def _matmul_precision() -> bool:
-    precision: str = torch.get_float32_matmul_precision()  # type: ignore[no-untyped-call]
+    precision: str = torch.get_float32_matmul_precision()
     return precision == "highest"

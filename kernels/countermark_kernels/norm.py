@@ -18,9 +18,15 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee, quantise
-from countermark_kernels.binding import check
+from countermark_kernels.binding import check, native
 
 EPS_MIN = 2.0**-40
+
+
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless `eps` is a binary32 value in 2^-40..1."""
+    if not EPS_MIN <= eps <= 1.0 or ieee.f32(eps) != eps:
+        raise ValueError(f"eps: expected a binary32 value in 2^-40..1, got {eps!r}")
 
 
 def inverse_rms(x: Tensor, amax: Tensor, eps: float) -> Tensor:
@@ -28,8 +34,6 @@ def inverse_rms(x: Tensor, amax: Tensor, eps: float) -> Tensor:
 
     Raises NumericsError `numerics.range` where the mean square overflows binary32.
     """
-    if not EPS_MIN <= eps <= 1.0 or ieee.f32(eps) != eps:
-        raise ValueError(f"eps: expected a binary32 value in 2^-40..1, got {eps!r}")
     one = ieee.constant(1.0, x)
     tiny = amax < ieee.TINY
     e = ieee.exponent(torch.where(tiny, torch.ones_like(amax), amax))
@@ -55,4 +59,10 @@ def norm_quantise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     Raises NumericsError `numerics.not_finite` or `numerics.range`.
     """
     check("x", x, torch.float32, (None, None))
-    return reference(x, eps)
+    check_eps(eps)
+    library = native()
+    if library is None:
+        return reference(x, eps)
+    q, s = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+    library.call("cm_norm_quantise", x.data_ptr(), *x.shape, eps, q.data_ptr(), s.data_ptr())
+    return q, s

@@ -14,13 +14,14 @@ Binary32: the rest, one rounding per operation. A head depends on its own row an
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from countermark_kernels import hadamard, ieee, norm, quantise
-from countermark_kernels.binding import check
+from countermark_kernels.binding import CRope, check, native, pointer
 
 HEAD_SIZES = (64, 128)
 
@@ -106,11 +107,29 @@ def rope_quantise(
     check("positions", positions, torch.int32, (qkv.shape[0],))
     check("cos", cos, torch.float32, (None, head_dim // 2))
     check("sin", sin, torch.float32, (cos.shape[0], head_dim // 2))
+    if q_gain is not None:
+        norm.check_eps(eps)
     for name, gain in (("q_gain", q_gain), ("k_gain", k_gain)):
         if gain is not None:
             check(name, gain, torch.float32, (head_dim,))
     if qkv.shape[0] and not (int(positions.min()) >= 0 and int(positions.max()) < cos.shape[0]):
         raise ValueError(f"positions: expected values in 0..{cos.shape[0] - 1}, got others")
+    library = native()
+    if library is not None:
+        rows = qkv.shape[0]
+        out = Heads(
+            q=torch.empty(rows, heads, head_dim, dtype=torch.int8),
+            s_q=torch.empty(rows, heads),
+            k=torch.empty(rows, kv_heads, head_dim, dtype=torch.int8),
+            s_k=torch.empty(rows, kv_heads),
+            v=torch.empty(rows, kv_heads, head_dim, dtype=torch.int8),
+            s_v=torch.empty(rows, kv_heads),
+        )
+        tables = (positions, cos, sin, q_gain, k_gain)
+        call = CRope(*(pointer(x) for x in tables), heads, kv_heads, head_dim, eps)
+        results = (out.q, out.s_q, out.k, out.s_k, out.v, out.s_v)
+        library.call("cm_rope_quantise", ctypes.byref(call), qkv.data_ptr(), rows, *(x.data_ptr() for x in results))
+        return out
     return reference(
         qkv,
         positions,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import check
+from countermark_kernels.binding import CSampling, check, native
 
 ONE_20BIT = 1 << 20
 LOGIT_MAX = 2.0**100
@@ -151,7 +151,19 @@ def sample(
         raise ValueError(f"params, positions, histories: expected {rows} each, got others")
     if any(not 0 <= position < 1 << 32 for position in positions):
         raise ValueError("positions: expected 32 bits, got more")
-    return [
-        reference(adjust(row, p, history), p, position)
-        for row, p, position, history in zip(logits, params, positions, histories, strict=True)
-    ]
+    adjusted = [adjust(row, p, history) for row, p, history in zip(logits, params, histories, strict=True)]
+    library = native()
+    if library is None:
+        return [reference(row, p, position) for row, p, position in zip(adjusted, params, positions, strict=True)]
+    untouched = all(row.data_ptr() == mine.data_ptr() for row, mine in zip(logits, adjusted, strict=True))
+    rows_in = logits if untouched else torch.stack(adjusted)
+    calls = (CSampling * rows)(
+        *(
+            CSampling(p.seed, position, p.top_p_20bit, p.min_p_20bit, min(p.top_k, vocab), p.temperature)
+            for p, position in zip(params, positions, strict=True)
+        )
+    )
+    ids = torch.empty(rows, dtype=torch.int64)
+    library.call("cm_sample", rows_in.data_ptr(), rows, vocab, calls, ids.data_ptr())
+    chosen: list[int] = ids.tolist()
+    return chosen

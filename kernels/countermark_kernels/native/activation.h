@@ -1,0 +1,39 @@
+/* SwiGLU, block Hadamard, quantisation: activation.py. */
+
+static void swiglu_item(void *arg, int64_t item) {
+    struct rows_job *job = arg; /* k: the width of one half */
+    const int64_t width = job->k, block = job->block;
+    float *y = cm_scratch(CM_SLOT_ITEM, (size_t)width * sizeof *y);
+    if (!y) {
+        atomic_store(&job->status, CM_NO_MEMORY);
+        return;
+    }
+    int64_t end = (item + 1) * job->per_item < job->rows ? (item + 1) * job->per_item : job->rows;
+    for (int64_t r = item * job->per_item; r < end; r++) {
+        const float *gate = job->x + r * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const bool whole = i + LANES <= width;
+            f8 g = whole ? f8_load(gate + i) : f8_load_part(gate + i, width - i);
+            f8 u = whole ? f8_load(up + i) : f8_load_part(up + i, width - i);
+            f8 a = div8(g, exp_8(-g) + f8_set(1.0f)) * u;
+            if (whole)
+                f8_store(y + i, a);
+            else
+                f8_store_part(y + i, a, width - i);
+        }
+        for (int64_t i = 0; i < width; i += block) {
+            if (block >= LANES)
+                hadamard(y + i, block);
+            else
+                hadamard_small(y + i, block);
+        }
+        int status = quantise_row(y, width, job->q + r * width, job->s + r);
+        if (status)
+            atomic_store(&job->status, status);
+    }
+}
+
+static int swiglu(const float *gate_up, int64_t rows, int64_t width, int64_t block, int8_t *q, float *s) {
+    struct rows_job job = {.x = gate_up, .rows = rows, .k = width, .block = block, .q = q, .s = s};
+    return run_rows(swiglu_item, &job);
+}

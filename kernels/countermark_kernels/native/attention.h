@@ -1,0 +1,246 @@
+/* Attention in two passes over an int8 cache: attention.py. An item is a tile of query rows of one kv head. */
+
+#define TILE_ROWS 24
+#define GROUP_MAX 256 /* query heads of one kv head */
+#define PV_TOKENS 1024 /* |n * v| <= 16256 * 127, so 1024 of them stay under 2^31 */
+#define P_MAX 16256.0f
+
+/* acc[r][d] = sum over `pairs` token pairs of n[r][2 pairs] * v[pairs][d][2], columns first..first + 32. */
+#if defined(__AVX512VNNI__)
+static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v,
+                                                          int64_t pairs, int64_t d, int32_t *acc) {
+    __m512i sum[4][2];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 2; j++)
+            sum[r][j] = _mm512_setzero_si512();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512i columns[2];
+        for (int j = 0; j < 2; j++)
+            columns[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(v + p * 2 * d + j * 32)));
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            memcpy(&pair, n + r * ldn + 2 * p, 4);
+            for (int j = 0; j < 2; j++)
+                sum[r][j] = _mm512_dpwssd_epi32(sum[r][j], _mm512_set1_epi32(pair), columns[j]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 2; j++)
+            _mm512_storeu_si512(acc + r * d + j * 16, sum[r][j]);
+}
+#elif defined(__AVX2__)
+static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v,
+                                                          int64_t pairs, int64_t d, int32_t *acc) {
+    __m256i sum[3][4];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 4; j++)
+            sum[r][j] = _mm256_setzero_si256();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m256i columns[4];
+        for (int j = 0; j < 4; j++)
+            columns[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + p * 2 * d + j * 16)));
+        for (int r = 0; r < R; r++) {
+            int32_t pair;
+            memcpy(&pair, n + r * ldn + 2 * p, 4);
+            for (int j = 0; j < 4; j++)
+                sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(columns[j], _mm256_set1_epi32(pair)));
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 4; j++)
+            _mm256_storeu_si256((__m256i *)(acc + r * d + j * 8), sum[r][j]);
+}
+#else
+static inline void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v, int64_t pairs, int64_t d,
+                           int32_t *acc) {
+    for (int r = 0; r < R; r++) {
+        int32_t sum[32] = {0};
+        for (int64_t p = 0; p < pairs; p++)
+            for (int j = 0; j < 32; j++)
+                sum[j] += n[r * ldn + 2 * p] * v[p * 2 * d + 2 * j] + n[r * ldn + 2 * p + 1] * v[p * 2 * d + 2 * j + 1];
+        memcpy(acc + r * d, sum, sizeof sum);
+    }
+}
+#endif
+
+static inline void pv_product(const int16_t *n, int64_t ldn, int64_t rows, const int8_t *v, int64_t tokens, int64_t d,
+                              int32_t *acc) {
+    for (int64_t column = 0; column < d; column += 32) {
+        int64_t r = 0;
+        for (; r + 3 <= rows; r += 3)
+            pv_tile(3, n + r * ldn, ldn, v + column * 2, tokens / 2, d, acc + r * d + column);
+        if (rows - r == 2)
+            pv_tile(2, n + r * ldn, ldn, v + column * 2, tokens / 2, d, acc + r * d + column);
+        else if (rows - r == 1)
+            pv_tile(1, n + r * ldn, ldn, v + column * 2, tokens / 2, d, acc + r * d + column);
+    }
+}
+
+struct row_maxima {
+    float m, m2;
+    int32_t magnitude;
+};
+
+/* Pass 1 over one row: S (int32) becomes s (binary32) in place. `lambda`: per token, as binary32. */
+static inline struct row_maxima score_pass(int32_t *row, int64_t tokens, float c, const float *s_k,
+                                           const float *lambda) {
+    const f8 factor = f8_set(c), lowest = f8_set(-FLT_MAX);
+    const i8x mask = i8_set(MAGNITUDE_BITS);
+    f8 m = lowest, m2 = lowest;
+    i8x magnitude = i8_set(0);
+    for (int64_t t = 0; t < tokens; t += LANES) { /* rows and caches extend to a multiple of 16 */
+        f8 s = (f8_convert(i8_load(row + t)) * factor) * f8_load(s_k + t);
+        f8 raised = s + f8_load(lambda + t);
+        if (t + LANES > tokens) {
+            i8x visible = i8_before(t, tokens);
+            s = f8_select(visible, s, f8_set(0.0f));
+            m = f8_max(m, f8_select(visible, s, lowest));
+            m2 = f8_max(m2, f8_select(visible, raised, lowest));
+        } else {
+            m = f8_max(m, s);
+            m2 = f8_max(m2, raised);
+        }
+        magnitude = i8_max(magnitude, f8_bits(s) & mask);
+        f8_store((float *)row + t, s);
+    }
+    return (struct row_maxima){f8_max_across(m), f8_max_across(m2), i8_max_across(magnitude)};
+}
+
+/* Pass 2 over one row: the weights n, zero from `tokens` to `padded`, and D. */
+static inline int64_t weight_pass(const float *s, int64_t tokens, int64_t padded, float m, float g, const float *s_v,
+                                  int16_t *n) {
+    const f8 top = f8_set(m), gain = f8_set(g), limit = f8_set(P_MAX);
+    i8x sum = i8_set(0); /* a lane adds at most 133144 / 8 terms of 65536 */
+    for (int64_t t = 0; t < tokens; t += LANES) {
+        f8 e = exp2_8(f8_max(f8_load(s + t) - top, f8_set(-126.0f)));
+        if (t + LANES > tokens)
+            e = f8_select(i8_before(t, tokens), e, f8_set(0.0f));
+        sum += f8_to_int(f8_rint(e * f8_set(65536.0f)));
+        f8 weight = f8_min(f8_rint((e * f8_load(s_v + t)) * gain), limit);
+        i8_store16(n + t, f8_to_int(weight));
+    }
+    for (int64_t t = (tokens + LANES - 1) / LANES * LANES; t < padded; t += LANES)
+        memset(n + t, 0, LANES * sizeof *n);
+    return i8_sum_across(sum);
+}
+
+struct attend_item {
+    int32_t span, kv_head, first, count; /* rows first .. first + count of the batch */
+};
+
+struct attend_job {
+    const struct cm_span *spans;
+    const struct attend_item *items;
+    int64_t item_count, heads, kv_heads, d;
+    float constant;
+    const int8_t *q;
+    const float *s_q;
+    float *out;
+    _Atomic int status;
+};
+
+static void attend_tile(void *arg, int64_t index) {
+    struct attend_job *job = arg;
+    const struct attend_item *item = job->items + job->item_count - 1 - index; /* the longest first */
+    const struct cm_span *span = job->spans + item->span;
+    const int64_t d = job->d, group = job->heads / job->kv_heads, rows = item->count * group;
+    const int64_t position = span->position + item->first - span->start; /* of the first row */
+    const int64_t padded = (position + item->count + PANEL - 1) / PANEL * PANEL;
+    const int64_t token = item->kv_head * span->capacity;
+    const float *s_k = span->s_k + token, *s_v = span->s_v + token;
+    const int8_t *k = span->k + token * d, *v = span->v + token * d;
+
+    const size_t a_bytes = (size_t)(rows * d) * sizeof(a_t), s_bytes = (size_t)(rows * padded) * 4;
+    const size_t bytes = a_bytes + s_bytes + s_bytes / 2 + (size_t)padded * 4 + (size_t)(rows * d) * 12 + 512;
+    char *memory = cm_scratch(CM_SLOT_ITEM, bytes);
+    if (!memory) {
+        atomic_store(&job->status, CM_NO_MEMORY);
+        return;
+    }
+    int64_t *high = (int64_t *)memory;
+    int32_t *scores = (int32_t *)(high + rows * d), *acc = scores + rows * padded;
+    float *lambda = (float *)(acc + rows * d);
+    int16_t *n = (int16_t *)(lambda + padded);
+    a_t *a = (a_t *)(n + rows * padded);
+    float divisor[GROUP_MAX];
+
+    for (int64_t r = 0; r < rows; r++)
+        pack_row(job->q + ((item->first + r / group) * job->heads + item->kv_head * group + r % group) * d, d, d / 4,
+                 a + r * d);
+    for (int64_t t = 0; t < padded; t += PANEL)
+        gemm_panel(a, d, rows, k + t * d, d / 4, NULL, scores + t, padded);
+    for (int64_t t = 0; t < padded; t += LANES)
+        f8_store(lambda + t, f8_convert(ceil_exponent8(f8_load(s_v + t))));
+
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t tokens = position + r / group + 1;
+        const int64_t head = (item->first + r / group) * job->heads + item->kv_head * group + r % group;
+        struct row_maxima top = score_pass(scores + r * padded, tokens, job->s_q[head] * job->constant, s_k, lambda);
+        if (top.magnitude >= INFINITY_BITS) {
+            atomic_store(&job->status, CM_NOT_FINITE);
+            return;
+        }
+        float spread = top.m2 - top.m;
+        float g = div1(P_MAX, exp2_1(spread < -64.0f ? -64.0f : spread > 126.0f ? 126.0f : spread));
+        int64_t total = weight_pass((const float *)(scores + r * padded), tokens, padded, top.m, g, s_v, n + r * padded);
+        divisor[r] = f32_of(total) * g;
+    }
+
+    for (int64_t t = 0; t < padded; t += PV_TOKENS) {
+        const int64_t tokens = padded - t < PV_TOKENS ? padded - t : PV_TOKENS;
+        pv_product(n + t, padded, rows, v + t * d, tokens, d, acc);
+        for (int64_t i = 0; i < rows * d; i++)
+            high[i] = t ? high[i] + acc[i] : acc[i];
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t head = (item->first + r / group) * job->heads + item->kv_head * group + r % group;
+        float *out = job->out + head * d;
+        for (int64_t i = 0; i < d; i++)
+            out[i] = f32_of(high[r * d + i]) * 65536.0f;
+        for (int64_t i = 0; i < d; i += LANES)
+            f8_store(out + i, div8(f8_load(out + i), f8_set(divisor[r])));
+    }
+}
+
+static int attend(const struct cm_span *spans, int64_t span_count, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                  float score_constant, const int8_t *q, const float *s_q, float *out) {
+    const int64_t group = heads / kv_heads, per_tile = group < TILE_ROWS ? TILE_ROWS / group : 1;
+    if (group > GROUP_MAX)
+        return CM_FAILED;
+    int64_t count = 0;
+    for (int64_t i = 0; i < span_count; i++)
+        count += (spans[i].end - spans[i].start + per_tile - 1) / per_tile * kv_heads;
+    struct attend_item *items = cm_scratch(CM_SLOT_OP, (size_t)count * sizeof *items);
+    if (!items)
+        return CM_NO_MEMORY;
+    int64_t at = 0;
+    for (int64_t i = 0; i < span_count; i++)
+        for (int64_t row = spans[i].start; row < spans[i].end; row += per_tile)
+            for (int64_t h = 0; h < kv_heads; h++)
+                items[at++] = (struct attend_item){
+                    .span = (int32_t)i, .kv_head = (int32_t)h, .first = (int32_t)row,
+                    .count = (int32_t)(spans[i].end - row < per_tile ? spans[i].end - row : per_tile)};
+    struct attend_job job = {.spans = spans, .items = items, .item_count = count, .heads = heads, .kv_heads = kv_heads,
+                             .d = head_dim, .constant = score_constant, .q = q, .s_q = s_q, .out = out};
+    cm_parallel(attend_tile, &job, count);
+    return atomic_load(&job.status);
+}
+
+/* Write the rows of one span into its cache: the layouts of attention.KvCache. */
+static int append(const struct cm_span *span, int64_t kv_heads, int64_t head_dim, const int8_t *k, const float *s_k,
+                  const int8_t *v, const float *s_v) {
+    const int64_t d = head_dim;
+    for (int64_t row = span->start; row < span->end; row++)
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t t = span->position + row - span->start, base = h * span->capacity, in = (row * kv_heads + h) * d;
+            int8_t *key = span->k + (base + t / PANEL * PANEL) * d + t % PANEL * 4;
+            int8_t *value = span->v + (base + t / 2 * 2) * d + t % 2;
+            for (int64_t i = 0; i < d / 4; i++)
+                memcpy(key + i * PANEL * 4, k + in + i * 4, 4);
+            for (int64_t i = 0; i < d; i++)
+                value[i * 2] = v[in + i];
+            span->s_k[base + t] = s_k[row * kv_heads + h];
+            span->s_v[base + t] = s_v[row * kv_heads + h];
+        }
+    return CM_OK;
+}
