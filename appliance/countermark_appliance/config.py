@@ -109,6 +109,11 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
+def format_address(host: str, port: int) -> str:
+    """The inverse of `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
     """Check every table and key against the schema; `dir` stands in two tables, so it keeps its table's name."""
     values: dict[str, Any] = {}

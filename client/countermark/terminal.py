@@ -36,6 +36,16 @@ def show_checks(checks: Iterable[Check], *, console: Console = ERR) -> None:
         console.print(f"{check.step:>4}  [{style}]{check.status.value}[/{style}]  {escape(check.name)}{code}{detail}")
 
 
+def step(text: str) -> None:
+    """The headline of a step."""
+    ERR.print(f"[bold]\N{BLACK RIGHT-POINTING SMALL TRIANGLE} {escape(printable(text))}[/bold]")
+
+
+def note(text: str) -> None:
+    """One line of information."""
+    ERR.print(escape(printable(text)))
+
+
 def show_simulated(*, console: Console = ERR) -> None:
     """The banner over everything that rests on the simulated platform."""
     console.print(

@@ -1,0 +1,170 @@
+"""Read the config, wire the parts, serve until told to stop.
+
+Boot order, each step before the next: 1 measure and extend RTMR3 · 2 load the weights, every block against the
+measured root · 3 self-test and warm-up (the engine's construction does both) · 4 extend `system-ready` · 5 take boot
+evidence, begin the log with its EPOCH · 6 listen. Anything that fails before 6 ends the process with its code; no port
+was open.
+
+The private keys live in this process and in the front end's memory, never on a disk. Not done here: reboot on exit,
+which is the init system's on `tdx`.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from countermark.formats.evidence import parse_evidence
+from countermark.formats.quote import quote_digest
+from countermark.formats.records import EXACT_CLAIMS, EXACT_TIER, Stack
+from countermark.formats.report_data import Purpose
+from countermark.tlog.merkle import EMPTY_ROOT
+from countermark_appliance.config import Config, format_address, load_config
+from countermark_appliance.connections import Connections
+from countermark_appliance.engine import weights
+from countermark_appliance.engine.engine import Engine, EngineInfo
+from countermark_appliance.frontend import FrontEnd
+from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
+from countermark_appliance.platform.base import Platform, open_platform
+from countermark_appliance.platform.keyring import Keyring
+from countermark_appliance.records.recorder import Recorder, log_origin
+from countermark_appliance.service import Service, ServiceLimits
+from countermark_kernels import PROFILE, kernel_digest
+
+NO_NONCE = bytes(32)  # nobody asked for the passport, and it claims no freshness
+CERTIFICATE_VALID_S = 366 * 86_400  # a name for tooling; what authenticates the key is the quote
+_log = logging.getLogger(__name__)
+
+
+def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Boot and serve until SIGTERM or SIGINT. `ready` gets the public facts once the port is open.
+
+    Raises `ConfigError`, `WeightsError`, `LogError`, `VerificationError` or `Unavailable` when the boot fails, and
+    `Unavailable` (`frontend.exit`) when the front end ends on its own.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    config = load_config(config_path)
+    platform = open_platform(config.platform, config.platform_state)
+    if platform.name.simulated:
+        _log.warning("platform %s: SIMULATED, no confidential hardware", platform.name.value)
+    keyring = Keyring()
+    boot = boot_values(
+        platform,
+        keyring,
+        config=config.digest,
+        weights_root=config.weights_root,
+        profile=PROFILE,
+        kernel_digest=kernel_digest(),
+    )
+    extend_boot(platform, boot)
+    artefact = weights.load(config.weights_dir, expected_root=config.weights_root)
+    engine = Engine(
+        artefact, threads=config.threads, max_sequences=config.max_sequences, max_waiting=config.max_waiting
+    )
+    _log.info("engine: %s, profile %s, backend %s", engine.info.model, engine.info.profile, engine.info.backend)
+    try:
+        extend_ready(platform, boot)
+        attester = Attester(platform, keyring, boot)
+        empty = LogHead(origin=log_origin(config.operator, keyring.boot_id), size=0, root=EMPTY_ROOT)
+        passport = attester.attest(purpose=Purpose.PASSPORT, nonce=NO_NONCE, exporter=None, log=empty)
+        recorder = Recorder.open(
+            config.log_dir,
+            operator=config.operator,
+            keyring=keyring,
+            evidence_digest=quote_digest(parse_evidence(passport).quote),
+            stack=_stack(config, platform, engine.info),
+            deployer_id=config.deployer_id,
+            retention_until=config.retention_until,
+        )
+        try:
+            service, connections = _service(config, attester, passport, engine, recorder)
+            facts = {
+                "simulated": platform.name.simulated,
+                "model": engine.info.model,
+                "profile": engine.info.profile,
+                "backend": engine.info.backend,
+                "image_id": platform.image_id.hex(),
+                "weights_root": config.weights_root.hex(),
+                "boot_id": keyring.boot_id.hex(),
+            }
+            certificate = keyring.tls_certificate(
+                attester.passport(parse_evidence(passport)),
+                now=int(time.time()),
+                valid_s=CERTIFICATE_VALID_S,
+                simulated=platform.name.simulated,
+            )
+            front_end = FrontEnd.start(
+                host=config.listen_host,
+                port=config.listen_port,
+                private_key=keyring.tls.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+                certificate=certificate,
+                upstream_port=service.start(),
+                connections=connections,
+                on_exit=stop.set,
+            )
+            try:
+                service.set_serving()
+                ready({"listening": format_address(config.listen_host, front_end.port), **facts})
+                stop.wait()
+                _log.info("stopping: no new requests; those that run may finish")
+                front_end.drain()
+                service.stop()
+            finally:
+                front_end.close()
+        finally:
+            recorder.close()
+    finally:
+        engine.close()
+
+
+def _service(
+    config: Config, attester: Attester, passport: bytes, engine: Engine, recorder: Recorder
+) -> tuple[Service, Connections]:
+    connections = Connections()
+    service = Service(
+        attester=attester,
+        recorder=recorder,
+        engine=engine,
+        connections=connections,
+        passport=passport,
+        limits=ServiceLimits(generations=config.max_sequences + config.max_waiting),
+    )
+    return service, connections
+
+
+def _stack(config: Config, platform: Platform, info: EngineInfo) -> Stack:
+    """What every INTENT of this boot says of the node. GPU fields are empty: this engine computes on the CPU."""
+    return Stack(
+        platform=platform.name.value,
+        image_id=platform.image_id,
+        config_digest=config.digest,
+        model=info.model,
+        weights_root=info.weights_root,
+        manifest_digest=info.manifest_digest,
+        quantisation=info.quantisation,
+        adapters=(),
+        tokenizer_digest=info.tokenizer_digest,
+        chat_template_digest=info.template_digest,
+        profile=info.profile,
+        kernel_digest=info.kernel_digest,
+        engine=info.engine_version,
+        backend=info.backend,
+        torch=info.torch_version,
+        triton=None,
+        cuda=None,
+        driver=None,
+        vbios=None,
+        gpus=(),
+        cpu=info.cpu_model,
+        determinism=EXACT_TIER,
+        claims=EXACT_CLAIMS,
+    )

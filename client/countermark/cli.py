@@ -1,0 +1,264 @@
+"""countermark: attest, chat, verify, replay, policy, demo. Argparse, printing and exit codes; no logic.
+
+stdout carries the result (with `--json` one object, with stable keys), stderr the numbered checks and progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from countermark import policy as policies
+from countermark import terminal
+from countermark.appraise import TimeBasis, Verdict
+from countermark.bundle import read_bundle
+from countermark.demo import run_demo
+from countermark.errors import CountermarkError, UsageError
+from countermark.files import load_policy, read_file, write_file
+from countermark.policy import Policy, Profile
+from countermark.replay import Mode, load_runner, replay
+from countermark.session import connect
+from countermark.verify import Verification, verify_bundle
+
+EXIT_CODES = """exit codes:
+  0 verified   1 usage, policy or request   10 quote   11 TCB or freshness   12 measurement   13 weights   14 GPU
+  15 channel   20 receipt or bundle   21 log   30 replay diverged   40 cannot be decided   50 unavailable"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CountermarkError as err:
+        terminal.show_error(err)
+        if getattr(args, "json", False):
+            _print_json(
+                {
+                    "verdict": "undecidable" if err.exit_code in (40, 50) else "reject",
+                    "code": err.code,
+                    "step": err.step,
+                    "message": str(err),
+                    "checks": [check.as_json() for check in err.checks],
+                }
+            )
+        return err.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="countermark",
+        description="Ask models that prove themselves; verify and replay their answers.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", _demo, "the whole path on this machine: SIMULATED platform, real model", json_=True)
+    demo.add_argument("--dir", type=Path, default=Path("demo-out"), help="where to work (default: %(default)s)")
+    demo.add_argument("--prompt", default="What is the capital of France? Answer in one sentence.")
+    demo.add_argument("--keep-serving", action="store_true", help="leave the appliance running until Ctrl-C")
+
+    attest = _command(commands, "attest", _attest, "appraise a node and print the verdict", json_=True)
+    attest.add_argument("address", metavar="HOST:PORT")
+    attest.add_argument("--policy", type=Path, required=True)
+
+    chat = _command(commands, "chat", _chat, "send one prompt and print the checked answer", json_=True)
+    chat.add_argument("address", metavar="HOST:PORT")
+    chat.add_argument("prompt", nargs="?", help="default: read from stdin")
+    chat.add_argument("--policy", type=Path, required=True)
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-tokens", type=int)
+    chat.add_argument("--temperature", type=float, help="0 is greedy (default)")
+    chat.add_argument("--top-k", type=int)
+    chat.add_argument("--top-p", type=float)
+    chat.add_argument("--min-p", type=float)
+    chat.add_argument("--seed", type=int, help="drawn by the node, and recorded, when absent")
+    chat.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    chat.add_argument("--bundle", type=Path, help="save the answer with its proof to this file")
+    chat.add_argument("--manifest", type=Path, help="signed measurement manifest to put into the bundle")
+
+    verify = _command(commands, "verify", _verify, "verify a bundle offline", json_=True)
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--policy", type=Path, required=True)
+    verify.add_argument("--at", type=_time, help="RFC 3339 time or 'now' (default: now)")
+
+    again = _command(commands, "replay", _replay, "verify a bundle and run its answer again", json_=True)
+    again.add_argument("bundle", type=Path)
+    again.add_argument("--policy", type=Path, required=True)
+    again.add_argument("--at", type=_time, help="RFC 3339 time or 'now' (default: now)")
+    again.add_argument("--weights", type=Path, required=True, help="the weights artefact's directory")
+    again.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.AUDIT.value)
+
+    policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    new = _command(policy, "new", _policy_new, "print a strict policy that accepts nothing yet")
+    new.add_argument("--profile", choices=[p.value for p in Profile], default=Profile.PRODUCTION.value)
+    new.add_argument("--simulated-tdx-root", type=_digest, metavar="SHA256")
+    new.add_argument("--simulated-gpu-root", type=_digest, metavar="SHA256")
+    show = _command(policy, "show", _policy_show, "check a policy file and print it with every default")
+    show.add_argument("policy", type=Path)
+    pin = _command(policy, "pin", _policy_pin, "accept the image of a signed measurement manifest")
+    pin.add_argument("manifest", type=Path)
+    pin.add_argument("--policy", type=Path, required=True, help="the policy file to change")
+    pin.add_argument("--signer", type=_digest, action="append", default=[], metavar="SHA256", help="both, the first time")
+    pin.add_argument("--weights", type=_digest, action="append", default=[], metavar="ROOT", help="weights root to accept")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, *, json_: bool = False
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    if json_:
+        parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    result = run_demo(args.dir, args.prompt, say=terminal.step, keep_serving=args.keep_serving)
+    if args.json:
+        _print_json(result.as_json())
+        return
+    print(f"answer: {terminal.printable(result.answer)}")
+    print(f"bundle: {result.bundle}")
+    print(f"replay: {result.replay}")
+
+
+def _attest(args: argparse.Namespace) -> None:
+    with connect(args.address, load_policy(args.policy)) as session:
+        _show_verdict(session.verdict)
+        if args.json:
+            _print_json(session.verdict.as_json())
+        else:
+            print(session.verdict)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    policy = load_policy(args.policy)
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    turns = [("system", args.system)] if args.system else []
+    with connect(args.address, policy) as session:
+        _show_verdict(session.verdict)
+        stream = session.generate(
+            messages=[*turns, ("user", prompt)],
+            max_tokens=args.max_tokens,
+            stop=tuple(args.stop),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            seed=args.seed,
+        )
+        for text in stream:
+            if not args.json:
+                terminal.write_text(text)
+        answer = stream.result()
+    if not args.json:
+        print()
+    terminal.show_checks(answer.receipt.checks[len(answer.verdict.checks) :])
+    if args.bundle:
+        answer.save(args.bundle, manifest=read_file(args.manifest) if args.manifest else None)
+        terminal.note(f"bundle: {args.bundle}")
+    if args.json:
+        _print_json({"answer": answer.text, "bundle": str(args.bundle or ""), "verdict": answer.verdict.as_json()})
+
+
+def _verify(args: argparse.Namespace) -> None:
+    verified = _verified(args)
+    if args.json:
+        _print_json(verified.as_json())
+    else:
+        print(verified)
+
+
+def _replay(args: argparse.Namespace) -> None:
+    verified = _verified(args)
+    with terminal.progress("loading the weights"):
+        runner = load_runner(verified.receipt.intent.stack.profile, args.weights)
+    with terminal.progress(f"running {len(verified.receipt.answer.tokens)} tokens again"):
+        result = replay(verified, runner, args.mode)
+    if args.json:
+        _print_json({"simulated": verified.verdict.simulated, **result.as_json()})
+    else:
+        print(f"replay: {'identical' if result.identical else 'diverged'} ({result.equivalence.value})")
+    result.require_identical()
+
+
+def _policy_new(args: argparse.Namespace) -> None:
+    policy = policies.new_policy(
+        Profile(args.profile),
+        now=int(time.time()),
+        simulated_tdx_root=args.simulated_tdx_root,
+        simulated_gpu_root=args.simulated_gpu_root,
+    )
+    sys.stdout.write(policies.encode_policy(policy))
+
+
+def _policy_show(args: argparse.Namespace) -> None:
+    sys.stdout.write(policies.encode_policy(load_policy(args.policy)))
+
+
+def _policy_pin(args: argparse.Namespace) -> None:
+    before = load_policy(args.policy)
+    after = policies.pin(
+        before, read_file(args.manifest), now=int(time.time()), signers=args.signer, weights_roots=args.weights
+    )
+    write_file(args.policy, policies.encode_policy(after).encode())
+    terminal.note(f"{args.policy}: {len(after.images)} image(s), manifest version {after.manifest_version}")
+
+
+def _verified(args: argparse.Namespace) -> Verification:
+    at, basis = (int(time.time()), TimeBasis.NOW) if args.at is None else (args.at, TimeBasis.ASSUMED)
+    policy: Policy = load_policy(args.policy)
+    verified = verify_bundle(read_bundle(args.bundle), policy, at, time_basis=basis)
+    if verified.verdict.simulated:
+        terminal.show_simulated()
+    terminal.show_checks(verified.checks)
+    return verified
+
+
+def _show_verdict(verdict: Verdict) -> None:
+    if verdict.simulated:
+        terminal.show_simulated()
+    terminal.show_checks(verdict.checks)
+
+
+def _time(text: str) -> int | None:
+    if text == "now":
+        return None
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise argparse.ArgumentTypeError("expected an offset such as Z")
+    return int(moment.timestamp())
+
+
+def _digest(text: str) -> bytes:
+    value = bytes.fromhex(text)
+    if len(value) != 32:
+        raise argparse.ArgumentTypeError("expected 64 hex digits")
+    return value
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+__all__ = ["UsageError", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())
