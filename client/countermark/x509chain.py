@@ -76,7 +76,14 @@ def _load_certificate(der: bytes) -> x509.Certificate:
     found = x509.load_der_x509_certificate(der)
     _ = found.subject, found.issuer, found.extensions, found.not_valid_before_utc, found.not_valid_after_utc
     _ = found.public_key(), found.signature_hash_algorithm
+    _no_unused_bits(der, found.signature)
     return found
+
+
+def _no_unused_bits(der: bytes, signature: bytes) -> None:
+    # Outside the signed part, and ignored by readers: the count before the signature's bytes, which end the structure.
+    if der[-len(signature) - 1] != 0:
+        raise ValueError("signature: expected no unused bits")
 
 
 def parse_crl(data: bytes, what: str) -> x509.CertificateRevocationList:
@@ -85,6 +92,7 @@ def parse_crl(data: bytes, what: str) -> x509.CertificateRevocationList:
         raise FormatError(f"{what}: expected at most {MAX_CRL_BYTES} bytes", code=f"{what}.crl")
     try:
         crl = x509.load_der_x509_crl(data)
+        _no_unused_bits(data, crl.signature)
         _ = crl.issuer, crl.last_update_utc, crl.next_update_utc, crl.extensions, crl.signature_hash_algorithm
     except _UNREADABLE as err:
         raise FormatError(f"{what}: expected a DER certificate revocation list: {err}", code=f"{what}.crl") from err

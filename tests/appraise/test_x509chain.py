@@ -31,6 +31,7 @@ def test_the_good_chain_verifies() -> None:
     verify(pck_chain())
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number:Warning")
 @pytest.mark.parametrize("bits", [0x01, 0x80, 0xFF])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_any_changed_byte_of_a_chain_is_refused_with_our_errors(which: int, bits: int) -> None:

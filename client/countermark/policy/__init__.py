@@ -7,6 +7,7 @@ from countermark.policy.toml import encode_policy, parse_policy
 from countermark.policy.value import (
     DAY_S,
     INTEL_SGX_ROOT,
+    KNOWN_MRSEAM,
     NVIDIA_DEVICE_ROOT,
     GpuFreshnessRule,
     Policy,
@@ -17,6 +18,7 @@ from countermark.policy.value import (
 __all__ = [
     "DAY_S",
     "INTEL_SGX_ROOT",
+    "KNOWN_MRSEAM",
     "NVIDIA_DEVICE_ROOT",
     "GpuFreshnessRule",
     "Policy",

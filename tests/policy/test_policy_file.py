@@ -1,0 +1,201 @@
+"""The policy file: strict, complete, and back to the same value."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from countermark.errors import PolicyError
+from countermark.policy import (
+    DAY_S,
+    INTEL_SGX_ROOT,
+    NVIDIA_DEVICE_ROOT,
+    GpuFreshnessRule,
+    Policy,
+    Profile,
+    Waiver,
+    encode_policy,
+    new_policy,
+    parse_policy,
+)
+from sim_evidence import NOW, machine, policy_for
+
+D32, D48 = b"\x11" * 32, b"\x22" * 48
+
+
+def code_of(text: str | bytes) -> tuple[str, str]:
+    with pytest.raises(PolicyError) as err:
+        parse_policy(text.encode() if isinstance(text, str) else text)
+    return err.value.code, str(err.value)
+
+
+def everything() -> Policy:
+    """A policy in which no field has its default."""
+    return replace(
+        policy_for(machine()),
+        max_validity_days=90,
+        not_after=NOW + 60 * DAY_S,
+        manifest_version=7,
+        revoked_images=(D32,),
+        endorsement_max_age_days=3,
+        min_tcb_evaluation_data_number=18,
+        mrseam=(D48,),
+        accepted_statuses=(Waiver(name="OutOfDate", until=NOW), Waiver(name="SWHardeningNeeded", until=NOW + 1)),
+        accepted_advisories=(Waiver(name="INTEL-SA-00615", until=NOW),),
+        any_hardware=False,
+        ppids=(b"\x33" * 16,),
+        gpu_keys=(D32,),
+        gpu_count=8,
+        gpu_mode="protected-pcie",
+        gpu_freshness=GpuFreshnessRule.BOOT,
+        weights_roots=(D32, b"\x44" * 32),
+        numerics=("exact-v1",),
+        any_config=False,
+        configs=(D32,),
+    )
+
+
+def test_every_field_survives_the_file() -> None:
+    policy = everything()
+    for field in fields(Policy):
+        if field.name in ("any_hardware", "any_config"):  # contradict the lists; new policies have them
+            continue
+        assert getattr(policy, field.name) != field.default, f"{field.name} has its default: the test is blind to it"
+    assert parse_policy(encode_policy(policy).encode()) == policy
+
+
+@pytest.mark.parametrize("profile", list(Profile))
+def test_new_policies_are_strict_and_survive_the_file(profile: Profile) -> None:
+    policy = new_policy(profile, now=NOW)
+    assert parse_policy(encode_policy(policy).encode()) == policy
+    assert (policy.tdx_root, policy.gpu_root) == (INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT)
+    assert not policy.simulated
+    assert not policy.images
+    assert not policy.weights_roots
+    assert not policy.accepted_statuses
+    assert policy.not_after == NOW + 30 * DAY_S
+
+
+def test_a_manifest_with_quotes_in_its_text_survives_the_file() -> None:
+    policy = policy_for(machine())
+    image = policy.images[0]
+    events = (replace(image.events[0], note="it's \"quoted\" ''' \\ text"), *image.events[1:])
+    policy = replace(policy, images=(replace(image, events=events),))
+    assert parse_policy(encode_policy(policy).encode()) == policy
+
+
+def test_a_simulated_root_is_said_in_the_text() -> None:
+    assert "SIMULATED" in encode_policy(policy_for(machine()))
+    assert "SIMULATED" not in encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
+
+
+def tables(text: str) -> list[str]:
+    return [name for name, value in tomllib.loads(text).items() if isinstance(value, dict)]
+
+
+def test_an_unknown_key_is_refused_by_its_dotted_name_in_every_table() -> None:
+    text = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
+    names = tables(text)
+    assert len(names) == 8
+    for name in names:
+        code, message = code_of(text.replace(f"[{name}]", f"[{name}]\nskip_checks = true\n", 1))
+        assert code == "policy.unknown_key"
+        assert f"{name}.skip_checks" in message
+    code, message = code_of("allow_debug = true\n" + text)
+    assert code == "policy.unknown_key"
+    assert "allow_debug" in message
+    pinned = encode_policy(policy_for(machine()))
+    assert "image.extra" in code_of(pinned + "extra = 1\n")[1]
+
+
+def test_every_scalar_is_required() -> None:
+    lines = encode_policy(new_policy(Profile.PRODUCTION, now=NOW)).splitlines()
+    optional = {"any"}
+    for index, line in enumerate(lines):
+        key, equals, value = line.partition(" = ")
+        if not equals or key.startswith(("#", "[")) or value.startswith("[") or key in optional or " " in key:
+            continue
+        code, message = code_of("\n".join(lines[:index] + lines[index + 1 :]))
+        assert code == "policy.missing_key", line
+        assert key in message
+
+
+@pytest.mark.parametrize(
+    ("code", "old", "new"),
+    [
+        ("policy.version", "version = 1", "version = 2"),
+        ("policy.value", 'profile = "production"', 'profile = "lenient"'),
+        ("policy.value", "max_age_days = 30", "max_age_days = true"),
+        ("policy.value", "max_age_days = 30", "max_age_days = 0"),
+        ("policy.value", "max_age_days = 30", 'max_age_days = "30"'),
+        ("policy.value", "count = 1", "count = 0"),
+        ("policy.value", 'mode = "cc-on"', 'mode = "cc-off"'),
+        ("policy.value", 'freshness = "session"', 'freshness = "never"'),
+        ("policy.value", "weights_roots = []", 'weights_roots = ["00"]'),
+        ("policy.value", "weights_roots = []", "weights_roots = [1]"),
+        ("policy.value", "weights_roots = []", f'weights_roots = ["{"AA" * 32}"]'),
+        ("policy.value", "[tdx.accept_status]", "[tdx.accept_status]\nRevoked = 2027-01-15T00:00:00Z"),
+        ("policy.value", "[tdx.accept_status]", "[tdx.accept_status]\nOutOfDate = true"),
+        ("policy.value", "[tdx.accept_status]", "[tdx.accept_status]\nOutOfDate = 2027-01-15T00:00:00"),
+        ("policy.value", "[tdx.accept_advisory]", '[tdx.accept_advisory]\n"any *" = 2027-01-15T00:00:00Z'),
+        ("policy.validity", "max_validity_days = 30", "max_validity_days = 29"),
+        ("policy.contradiction", "ppids = []", f'ppids = ["{"00" * 16}"]'),
+        ("policy.contradiction", "digests = []", f'digests = ["{"00" * 32}"]'),
+        ("policy.root", 'tdx = "intel"', f'tdx = "simulated:{"00" * 32}"'),
+        ("policy.root", 'gpu = "nvidia"', f'gpu = "simulated:{"00" * 32}"'),
+        ("policy.root", 'tdx = "intel"', f'tdx = "{"00" * 32}"'),
+        ("policy.root", 'tdx = "intel"', 'tdx = "nvidia"'),
+        ("policy.toml", "version = 1", "version = 1\nversion = 1"),
+        ("policy.toml", "version = 1", "version = "),
+    ],
+)
+def test_bad_values_are_refused(code: str, old: str, new: str) -> None:
+    text = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
+    assert old in text
+    assert code_of(text.replace(old, new, 1))[0] == code
+
+
+def test_the_production_profile_takes_no_simulated_root_and_no_simulated_image() -> None:
+    with pytest.raises(PolicyError) as err:
+        new_policy(Profile.PRODUCTION, now=NOW, simulated_gpu_root=D32)
+    assert err.value.code == "policy.root"
+    pinned = policy_for(machine())
+    with pytest.raises(PolicyError) as err:
+        replace(pinned, profile=Profile.PRODUCTION, tdx_root=INTEL_SGX_ROOT, gpu_root=NVIDIA_DEVICE_ROOT)
+    assert err.value.code == "policy.image"
+    text = encode_policy(pinned).replace('profile = "development"', 'profile = "production"', 1)
+    assert code_of(text)[0] == "policy.root"
+
+
+def test_a_changed_statement_is_refused() -> None:
+    text = encode_policy(policy_for(machine()))
+    image = policy_for(machine()).images[0]
+    digest = image.rtmr2.hex()
+    at = text.rindex(digest)
+    assert code_of(text[:at] + "00" * 48 + text[at + 96 :])[0] == "policy.manifest"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_give_a_policy_error(data: bytes) -> None:
+    assert code_of(data)[0].startswith("policy.")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_changed_character_gives_a_policy_or_a_policy_error(data: st.DataObject) -> None:
+    text = encode_policy(new_policy(Profile.DEVELOPMENT, now=NOW))
+    at = data.draw(st.integers(0, len(text) - 1))
+    new = data.draw(st.characters(exclude_categories=["Cs"]))
+    try:
+        parse_policy((text[:at] + new + text[at + 1 :]).encode())
+    except PolicyError as err:
+        assert err.code.startswith("policy.")
+
+
+def test_size_is_capped() -> None:
+    assert code_of(b"#" * (9 << 20))[0] == "policy.too_long"
