@@ -1,0 +1,141 @@
+"""Nothing acknowledged is lost: killed at any instant, power cut at any sync, disk full."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from record_values import intent, open_recorder, outcome
+
+from countermark.tlog.merkle import leaf_hash
+from countermark_appliance.records import journal
+from countermark_appliance.records.journal import Frame
+
+WORKER = Path(__file__).with_name("log_worker.py")
+
+
+def worker(mode: str, directory: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(WORKER), mode, str(directory)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def told(output: bytes) -> list[list[str]]:
+    """The complete lines only: a line cut by the kill was not an acknowledgement anyone saw."""
+    return [line.split() for line in output.decode().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def log_hashes(path: Path) -> list[bytes]:
+    frames = [item for item in journal.read_journal(path) if isinstance(item, Frame)]
+    return [leaf_hash(leaf) for frame in frames for leaf in frame.leaves]
+
+
+def kill_and_check(directory: Path, draw: random.Random) -> int:
+    process = worker("killed", directory)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    assert first.startswith(b"ready"), process.communicate()
+    time.sleep(draw.uniform(0.0, 0.12))
+    process.kill()
+    lines = told(process.communicate()[0])
+    boot = first.split()[1].decode()
+
+    recorder = open_recorder(directory)  # verifies what the killed process left, and ends its open INTENTs
+    previous = recorder.epoch.previous
+    assert previous is not None
+    assert previous.boot_id.hex() == boot
+    hashes = log_hashes(directory / boot / "journal")
+    assert previous.size == len(hashes)
+    intents = {line[3] for line in lines if line[0] == "ack"}
+    ended = {line[3] for line in lines if line[0] == "end"}
+    for line in lines:
+        if line[0] == "ack":
+            assert hashes[int(line[2])].hex() == line[3]
+        else:
+            assert int(line[2]) < len(hashes)
+    crashed = {leaf.hex() for leaf in crashed_leaves(recorder)}
+    assert not crashed & ended
+    assert len(crashed) == previous.crashed
+    assert intents - ended - crashed == set() or len(intents - ended - crashed) <= 3  # ended, but not yet told
+    recorder.close()
+    return len(lines)
+
+
+def crashed_leaves(recorder: object) -> list[bytes]:
+    from countermark.formats.records import Kind, parse_leaf
+    from countermark_appliance.records.recorder import Recorder
+
+    assert isinstance(recorder, Recorder)
+    leaves = map(parse_leaf, recorder.leaves(0, recorder.head()[0]))
+    return [leaf.intent_leaf or b"" for leaf in leaves if leaf.kind is Kind.CRASHED]
+
+
+def test_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
+    draw = random.Random(20260)
+    assert sum(kill_and_check(tmp_path, draw) for _ in range(10)) > 50
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    draw = random.Random(20261)
+    for i in range(200):
+        kill_and_check(tmp_path / str(i // 20), draw)  # a chain of 40 boots in each directory
+
+
+def test_what_is_acknowledged_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file as of the last sync is all a power cut leaves; it must hold every acknowledged leaf."""
+    recorder = open_recorder(tmp_path)
+    boot = recorder.epoch.boot_id.hex()
+    path, durable = tmp_path / boot / "journal", tmp_path / "durable"
+    shutil.copy(path, durable)
+    real = os.fdatasync
+
+    def sync(fd: int) -> None:
+        real(fd)
+        shutil.copy(path, durable)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    for _ in range(5):
+        committed = intent(recorder)
+        assert log_hashes(durable)[committed.acceptance.leaf_index] == committed.leaf
+        completed = outcome(recorder, committed)
+        assert len(log_hashes(durable)) == completed.index + 1
+    recorder.close()
+
+
+def test_the_start_syncs_names_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def sync(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    recorder = open_recorder(tmp_path / "log")
+    boot = recorder.epoch.boot_id.hex()
+    assert synced[-2:] == [boot, "log"]
+    assert "epoch.new" in synced
+    recorder.close()
+
+
+def test_a_full_disk_refuses_what_is_new_and_ends_what_was_begun(tmp_path: Path) -> None:
+    output, errors = worker("full", tmp_path).communicate(timeout=60)
+    lines = told(output)
+    assert not errors, errors
+    acknowledged = [line for line in lines if line[0] == "ack"]
+    assert [line for line in lines if line[0] == "refused"] == [["refused", "log.full"]] * 2
+    assert sum(line[0] == "end" for line in lines) == 5
+    hashes = log_hashes(tmp_path / acknowledged[0][1] / "journal")
+    for line in acknowledged:
+        assert hashes[int(line[2])].hex() == line[3]
+    recorder = open_recorder(tmp_path)
+    assert recorder.epoch.previous is not None
+    assert recorder.epoch.previous.crashed == len(acknowledged)
+    recorder.close()
