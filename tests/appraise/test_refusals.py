@@ -9,31 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import countermark
 from countermark.appraise import Verdict, appraise
 from countermark.checks import Status
 from countermark.errors import CountermarkError, Undecidable
-from countermark.formats import boot_events, eventlog
+from countermark.formats import boot_events, eventlog, spdm
 from countermark.formats.boot_events import BootEvents, GpuIdentity, GpuMode
 from countermark.formats.evidence import Evidence, GpuEvidence, PlatformName, encode_evidence
 from countermark.formats.quote import TdAttributes, TdReport, encode_quote, parse_quote, quote_digest
-from countermark.formats.report_data import Claims, GpuFreshness, Purpose, encode_claims, parse_claims
+from countermark.formats.report_data import Claims, GpuFreshness, Purpose, encode_claims, keys_digest, parse_claims
 from countermark.policy import Policy, Profile, Waiver, new_policy
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.platform.sim import intel, nvidia
+from countermark_appliance.platform.sim import state as sim_state
 from countermark_appliance.platform.sim.intel import Collateral
 from countermark_appliance.platform.sim.issue import Issued, issue
 from countermark_appliance.platform.sim.machine import SimPlatform, TdLaunch
 from sim_evidence import (
     NOW,
     Scene,
+    code_folder,
     edit_endorsements,
     machine,
     policy_for,
@@ -68,6 +73,10 @@ def edited(**values: Any) -> Verdict:
     return Scene(state=edit_endorsements(good(), **values)).appraise()
 
 
+def endorsed(data: bytes) -> Verdict:
+    return Scene(state=with_endorsements(good(), data)).appraise()
+
+
 def mixed(names: str, **values: Any) -> Verdict:
     """Good endorsements, but the members whose name starts with `names` come from others that say `values`."""
     others = json.loads(with_collateral(good(), **values).endorsements.tdx)
@@ -91,14 +100,6 @@ def tcb_info(change: Callable[[dict[str, Any]], Any]) -> Verdict:
     change(value)
     text = json.dumps(value, separators=(",", ":"))
     return edited(tcb_info=text, tcb_info_signature=intel.sign_raw(good().vendor.tcb_signing.key, text.encode()).hex())
-
-
-def expired_pck() -> Verdict:
-    vendor = good().vendor
-    extension = vendor.pck.certificate.extensions.get_extension_for_oid(PCK_EXTENSION).value
-    assert isinstance(extension, x509.UnrecognizedExtension)
-    old = certificate("SGX PCK Certificate", vendor.pck_ca, start=-9000, end=-60, extensions=(extension,))
-    return Scene(state=replace(good(), vendor=replace(vendor, pck=old))).appraise()
 
 
 def flip(name: str, position: int = 0) -> Verdict:
@@ -235,6 +236,53 @@ def other_image_claimed() -> Verdict:
     return boot(image_id=OTHER)
 
 
+def chain(*items: Issued) -> Verdict:
+    """The quote with another PCK chain in its certification data, which no signature covers."""
+
+    def bend(_platform: SimPlatform, quote: bytes) -> bytes:
+        pem = "".join(item.pem for item in items).encode()
+        return encode_quote(replace(parse_quote(quote), pck_chain_pem=pem))
+
+    return Scene(quote=bend).appraise()
+
+
+def pck(*, extension: bool = True, issuer: Issued | None = None, **times: int) -> Verdict:
+    """The machine with another PCK certificate, issued by its vendor; `issuer` replaces the platform CA too."""
+    vendor = good().vendor
+    sgx = vendor.pck.certificate.extensions.get_extension_for_oid(PCK_EXTENSION).value
+    issuer = issuer or vendor.pck_ca
+    other = certificate("SGX PCK Certificate", issuer, extensions=(sgx,) if extension else (), **times)
+    return Scene(state=replace(good(), vendor=replace(vendor, pck=other, pck_ca=issuer))).appraise()
+
+
+def platform_ca(name: str) -> Issued:
+    times = {"not_before": NOW - 3600, "not_after": NOW + DAY_S}
+    return issue(name, good().vendor.root, **times, curve=ec.SECP256R1(), ca=True, path_length=0)
+
+
+def report_without_driver() -> Verdict:
+    key = good().gpus[0].device.key
+
+    def bend(item: GpuEvidence) -> GpuEvidence:
+        report = spdm.parse_report(item.report)
+        kept = tuple(record for record in report.opaque if record.kind != spdm.OpaqueType.DRIVER_VERSION)
+        part = spdm.encode_signed_part(replace(report, opaque=kept))
+        return replace(item, report=part + intel.sign_raw(key, part))
+
+    return gpu_evidence(bend)
+
+
+def key_off_its_curve() -> Verdict:
+    keys = Keyring()
+    first, *others = keys.role_keys()
+    bad = (replace(first, key=replace(first.key, public=bytes(63) + b"\5")), *others)
+    return Scene(
+        keys=keys,
+        boot=lambda boot: replace(boot, keys=keys_digest(bad)),
+        evidence=lambda evidence: replace(evidence, keys=bad),
+    ).appraise()
+
+
 def flipped(data: bytes, position: int) -> bytes:
     changed = bytearray(data)
     changed[position] ^= 1
@@ -246,6 +294,12 @@ def other_qe_signer() -> Verdict:
     text = members["qe_identity"].replace(intel.QE_SIGNER.hex().upper(), OTHER.hex().upper())
     signature = intel.sign_raw(good().vendor.tcb_signing.key, text.encode()).hex()
     return edited(qe_identity=text, qe_identity_signature=signature)
+
+
+def future_gpu() -> Verdict:
+    state = sim_state.make(now=NOW + 2 * DAY_S, roots=[code_folder()])
+    state = replace(good(), gpu_vendor=state.gpu_vendor, gpus=state.gpus)
+    return Scene(state=state).appraise(policy_for(state))
 
 
 def pck_crl() -> bytes:
@@ -306,7 +360,25 @@ ROWS: list[Row] = [
     ("PCK CRL that is none", "1", "endorsements.crl", lambda: edited(pck_crl="30")),
     ("endorsements with a second PCK chain", "1", "endorsements.malformed", lambda: edited(pck_certificate_chain="x")),
     ("evaluation number absent", "1", "endorsements.malformed", lambda: says(evaluation_number=None)),
+    ("endorsements that are no JSON", "1", "endorsements.json", lambda: endorsed(b"{")),
+    ("endorsements too long", "1", "evidence.too_long", lambda: edited(tcb_info=" " * (1 << 20))),
+    ("issuer chain that is no PEM", "1", "endorsements.pem", lambda: edited(tcb_info_issuer_chain="x")),
+    (
+        "issuer chain of nonsense",
+        "1",
+        "endorsements.chain",
+        lambda: edited(
+            tcb_info_issuer_chain="-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n",
+        ),
+    ),
+    ("GPU CRL that is none", "1", "gpu.crl", lambda: gpu_crls((b"0",))),
     # 2 endorsements
+    (
+        "PCK CRL chain without its issuer",
+        "2",
+        "endorsements.short",
+        lambda: edited(pck_crl_issuer_chain=good().vendor.root.pem),
+    ),
     ("simulated evidence under a production policy", "2", "quote.root", lambda: Scene().appraise(production())),
     ("evidence of another simulated root", "2", "quote.root", lambda: policy(tdx_root=OTHER)),
     (
@@ -425,7 +497,34 @@ ROWS: list[Row] = [
         lambda: says(revoked_by_pck_ca=(good().vendor.pck.certificate,)),
     ),
     ("platform CA revoked", "3", "quote.ca_revoked", lambda: says(revoked_by_root=(good().vendor.pck_ca.certificate,))),
-    ("PCK certificate expired", "3", "quote.expired", expired_pck),
+    ("PCK certificate expired", "3", "quote.expired", lambda: pck(start=-9000, end=-60)),
+    ("PCK certificate from the future", "3", "quote.not_yet_valid", lambda: pck(start=60)),
+    ("PCK certificate without Intel's extension", "3", "quote.pck_extension", lambda: pck(extension=False)),
+    ("PCK chain without the platform CA", "3", "quote.short", lambda: chain(good().vendor.pck, good().vendor.root)),
+    (
+        "PCK chain that starts with a CA",
+        "3",
+        "quote.ca",
+        lambda: chain(good().vendor.pck_ca, good().vendor.pck_ca, good().vendor.root),
+    ),
+    (
+        "PCK certificate of another vendor",
+        "3",
+        "quote.chain_signature",
+        lambda: chain(intel.make_vendor(now=NOW).pck, good().vendor.pck_ca, good().vendor.root),
+    ),
+    (
+        "PCK certificate of a CA without a CRL",
+        "3",
+        "quote.crl_issuer",
+        lambda: pck(issuer=platform_ca("SGX PCK Processor CA")),
+    ),
+    (
+        "PCK CRL of a CA with the same name",
+        "3",
+        "quote.crl_signature",
+        lambda: pck(issuer=platform_ca("SGX PCK Platform CA")),
+    ),
     ("platform out of date", "3", "tcb.status", lambda: says(status="OutOfDate")),
     (
         "platform needs configuration",
@@ -529,6 +628,18 @@ ROWS: list[Row] = [
         "rtmr3.digest",
         lambda: rtmr3_log(lambda e: [replace(e[0], digest=OTHER_48), *e[1:]]),
     ),
+    (
+        "RTMR3 event of another register",
+        "6",
+        "rtmr3.kind",
+        lambda: rtmr3_log(lambda e: [replace(e[0], register=1), *e[1:]]),
+    ),
+    (
+        "RTMR3 log with padding",
+        "6",
+        "rtmr3.header",
+        lambda: after(lambda e: replace(e, rtmr3_log=e.rtmr3_log + b"\xff" * 8)),
+    ),
     ("events really extended in another order", "6", "rtmr3.order", lambda: events(lambda d: (d[1], d[0], *d[2:]))),
     ("not ready yet", "6", "rtmr3.order", lambda: events(lambda d: d[:-1])),
     (
@@ -575,7 +686,10 @@ ROWS: list[Row] = [
         lambda: after(lambda e: replace(e, keys=(e.keys[0], *Keyring().role_keys()[1:]))),
     ),
     ("TLS key not the claimed one", "7", "claims.tls_key", other_tls_key),
+    ("TLS key off its curve", "7", "cose_key.public", key_off_its_curve),
     # 8 GPUs
+    ("GPU report without a driver version", "8", "gpu.field", report_without_driver),
+    ("GPU certificates from the future", "8", "gpu.not_yet_valid", future_gpu),
     ("GPU evidence missing", "8", "gpu.missing", lambda: Scene(gpus=lambda _p, _n: ()).appraise()),
     ("fewer GPUs than the policy says", "8", "gpu.count", lambda: policy(gpu_count=2)),
     ("GPU evidence not the claimed one", "8", "gpu.digest", lambda: claim(gpu_digest=OTHER)),
@@ -654,6 +768,33 @@ def test_refused(step: str, code: str, refused: Callable[[], Verdict]) -> None:
     assert (last.code, last.step, last.status) == (code, step, Status.FAIL)
     assert all(check.status is not Status.FAIL for check in err.value.checks[:-1])
     assert isinstance(err.value, Undecidable) == (code in ("measurement.no_reference", "gpu.rim_missing"))
+
+
+def test_every_documented_code_has_a_row() -> None:
+    """Codes stand in backquotes in docstrings; module names look alike and are dropped. Others have their own tests."""
+    elsewhere = {
+        "appraise.connection",
+        "policy.expired",
+        "gpu.rim_missing",
+        "tdx.tee_tcb_svn2",
+        "endorsements.too_long",
+    }
+    package = Path(countermark.__file__).parent
+    sources = [*package.glob("tdx/*.py"), *package.glob("gpu/*.py"), package / "appraise.py", package / "binding.py"]
+    modules = {f"{path.parent.name}.{path.stem}" for path in sources}
+    areas = "quote tcb tdx endorsements measurement manifest eventlog rtmr3 claims gpu hardware weights numerics config"
+    pattern = re.compile(rf"[`\"](({areas.replace(' ', '|')}|channel|policy|appraise|cose_key)\.[a-z_0-9]+)[`\"]")
+    documented = {match[1] for path in sources for match in pattern.finditer(path.read_text())}
+    assert len(documented) > 80
+    assert documented - modules - {row[2] for row in ROWS} == elsewhere
+
+
+def test_under_nvidias_root_nothing_is_accepted_without_reference_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_for(good())
+    monkeypatch.setattr("countermark.gpu.appraise.NVIDIA_DEVICE_ROOT", policy.gpu_root)
+    with pytest.raises(Undecidable) as err:
+        Scene().appraise(policy)
+    assert (err.value.code, err.value.step) == ("gpu.rim_missing", "8")
 
 
 def test_every_step_has_a_row() -> None:

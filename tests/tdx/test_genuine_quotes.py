@@ -126,3 +126,15 @@ def test_a_genuine_event_log_replays_to_its_quote() -> None:
     with pytest.raises(CountermarkError) as err:
         verify_event_log(parse_quote(item.quote).body, replace(log, events=firmware[1:]))
     assert err.value.code == "eventlog.rtmr0"
+
+
+def test_endorsements_are_capped_and_exact() -> None:
+    for data, code in (
+        (b" " * (1 << 20) + b"{}", "endorsements.too_long"),
+        (b"[]", "endorsements.malformed"),
+        (b'{"a": 1, "a": 2}', "endorsements.json"),
+        (b"{}", "endorsements.crl_missing"),
+    ):
+        with pytest.raises(CountermarkError) as err:
+            parse_endorsements(data)
+        assert err.value.code == code

@@ -26,7 +26,7 @@ from countermark.errors import FormatError, TcbError
 from countermark.formats import strict_json
 from countermark.policy import DAY_S, Policy
 
-MAX_BYTES: Final = 8 * 1024 * 1024
+MAX_BYTES: Final = 1024 * 1024
 _TEXTS: Final = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "tcb_info", "qe_identity_issuer_chain", "qe_identity")
 _HEX: Final = ("root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature")
 
