@@ -15,11 +15,11 @@ from driver import run, some_prompt, some_request, start
 from tinymodel import TinyArtefact
 
 from countermark.errors import VerificationError
-from countermark_appliance.engine import model as model_module
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.request import DoneEvent, Request
 from countermark_appliance.engine.selftest import self_test
+from countermark_kernels import decoder
 from countermark_kernels.fingerprint import encode, fingerprint
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -113,8 +113,8 @@ def test_threads_do_not_matter() -> None:
 
 
 def test_a_float_sum_that_follows_the_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutant: the final norm's sum of squares in float, in as many parts as the batch has rows."""
-    real = model_module.norm_quantise
+    """The mutant: RMSNorm's sum of squares in float, in parts that follow the number of rows."""
+    real = decoder.norm_quantise
 
     def mutant(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         q, _ = real(x, eps)
@@ -124,7 +124,8 @@ def test_a_float_sum_that_follows_the_batch_is_caught(monkeypatch: pytest.Monkey
             total = total + part.sum(dim=-1)
         return q, x.abs().amax(dim=-1) / 127 * torch.rsqrt(total / x.shape[1] + eps)
 
-    monkeypatch.setattr(model_module, "norm_quantise", mutant)
+    monkeypatch.setattr(decoder, "native", lambda: None)  # op by op, so that one can be replaced
+    monkeypatch.setattr(decoder, "norm_quantise", mutant)
     model = Model(TinyArtefact())
     with pytest.raises(VerificationError) as err:
         self_test(model)
@@ -133,12 +134,13 @@ def test_a_float_sum_that_follows_the_batch_is_caught(monkeypatch: pytest.Monkey
 
 def test_a_position_that_follows_the_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: rows numbered by their place in the batch instead of their place in the sequence."""
-    real = model_module.rope_quantise
+    real = decoder.rope_quantise
 
     def mutant(qkv: torch.Tensor, positions: torch.Tensor, *rest: object, **named: object) -> object:
         return real(qkv, torch.arange(positions.shape[0], dtype=torch.int32), *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model_module, "rope_quantise", mutant)
+    monkeypatch.setattr(decoder, "native", lambda: None)
+    monkeypatch.setattr(decoder, "rope_quantise", mutant)
     with pytest.raises(VerificationError):
         self_test(Model(TinyArtefact()))
 

@@ -12,7 +12,6 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,10 +25,8 @@ from countermark_appliance.engine.scheduler import Scheduler
 from countermark_appliance.engine.selftest import self_test
 from countermark_appliance.engine.sequence import Sequence
 from countermark_appliance.engine.tokenizer import Tokenizer
+from countermark_appliance.engine.weights import Artefact
 from countermark_kernels import PROFILE, kernel_digest, launch
-
-if TYPE_CHECKING:
-    from countermark_appliance.engine.weights import Artefact
 
 DEFAULT_MAX_TOKENS = 1024
 MAX_STOPS = 16

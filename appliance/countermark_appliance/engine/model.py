@@ -1,31 +1,25 @@
-"""Llama, Qwen2 and Qwen3 (dense): the forward pass of a ragged batch, composed from the exact kernels.
+"""Llama, Qwen2 and Qwen3 (dense): the forward pass of a ragged batch over one artefact.
 
 A batch is a list of chunks: the next tokens of some sequences, one of them or thousands. Every row of every step is a
-function of its own sequence's tokens alone; integers are summed and everything else is element-wise or per row, so the
-logits of a position do not depend on how its sequence was cut into chunks nor on who else is in the batch. The residual
-stays binary32. Behind the last layer's keys and values only the rows whose logits are wanted go on.
+function of its own sequence's tokens alone (see `countermark_kernels.decoder`), so the logits of a position do not
+depend on how its sequence was cut into chunks nor on who else is in the batch. The residual stays binary32; behind the
+last layer only the rows whose logits are wanted go on to the head.
 
-Not checked here: that the artefact's rotations fit the online ones; `weights` and the kernels share one definition.
+Not checked here: that the artefact's rotations fit the online ones; builder and kernels are tested against each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from countermark_kernels.activation import swiglu_quantise
-from countermark_kernels.attention import KvCache, Span, attend
-from countermark_kernels.linear import Weight, linear, prepare
-from countermark_kernels.norm import norm_quantise
-from countermark_kernels.quantise import quantise
-from countermark_kernels.rope import Heads, rope_quantise
-
-if TYPE_CHECKING:
-    from countermark_appliance.engine.weights import Artefact
+from countermark_appliance.engine.weights import Artefact
+from countermark_kernels.attention import KvCache, Span
+from countermark_kernels.decoder import Decoder, Layer
+from countermark_kernels.linear import Weight, prepare
 
 FIRST_CAPACITY = 256
 
@@ -35,17 +29,21 @@ class Cache:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.kv: KvCache | None = None
+        self._kv: KvCache | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return 0 if self._kv is None else self._kv.size_bytes
 
     def reserve(self, tokens: int, keep: int) -> KvCache:
         """Room for `tokens` tokens, of which the first `keep` are already written."""
-        if self.kv is None or self.kv.capacity < tokens:
-            old = self.kv
-            capacity = max(tokens, FIRST_CAPACITY if old is None else min(2 * old.capacity, self._model.context))
-            self.kv = self._model.new_kv(capacity)
+        if self._kv is None or self._kv.capacity < tokens:
+            old = self._kv
+            capacity = FIRST_CAPACITY if old is None else 2 * old.capacity
+            self._kv = self._model.new_kv(max(tokens, min(capacity, self._model.context)))
             if old is not None:
-                self.kv.copy_prefix(old, keep)
-        return self.kv
+                self._kv.copy_prefix(old, keep)
+        return self._kv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +59,6 @@ class Chunk:
     logits: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Layer:
-    qkv: Weight
-    qkv_bias: Tensor | None
-    q_gain: Tensor | None
-    k_gain: Tensor | None
-    o: Weight
-    o_bias: Tensor | None
-    gate_up: Weight
-    down: Weight
-
-
 class Model:
     """The tensors of one artefact, ready to run. Not thread-safe: one thread calls `forward`."""
 
@@ -83,22 +69,30 @@ class Model:
         def weight(name: str) -> Weight:
             return prepare(artefact.tensor(name), artefact.tensor(f"{name}.scale"))
 
-        self._embed = artefact.tensor("embed")
-        self._cos, self._sin = artefact.tensor("rope.cos"), artefact.tensor("rope.sin")
-        self._layers = [
-            _Layer(
-                qkv=weight(f"layers.{i}.qkv"),
-                qkv_bias=artefact.tensor(f"layers.{i}.qkv.bias") if c.attention_bias else None,
-                q_gain=artefact.tensor(f"layers.{i}.q_norm") if c.qk_norm else None,
-                k_gain=artefact.tensor(f"layers.{i}.k_norm") if c.qk_norm else None,
-                o=weight(f"layers.{i}.o"),
-                o_bias=artefact.tensor(f"layers.{i}.o.bias") if c.output_bias else None,
-                gate_up=weight(f"layers.{i}.gate_up"),
-                down=weight(f"layers.{i}.down"),
+        def layer(name: str) -> Layer:
+            return Layer(
+                qkv=weight(f"{name}.qkv"),
+                o=weight(f"{name}.o"),
+                gate_up=weight(f"{name}.gate_up"),
+                down=weight(f"{name}.down"),
+                qkv_bias=artefact.tensor(f"{name}.qkv.bias") if c.attention_bias else None,
+                o_bias=artefact.tensor(f"{name}.o.bias") if c.output_bias else None,
+                q_gain=artefact.tensor(f"{name}.q_norm") if c.qk_norm else None,
+                k_gain=artefact.tensor(f"{name}.k_norm") if c.qk_norm else None,
             )
-            for i in range(c.layers)
-        ]
-        self._head = weight("head")
+
+        self._embed = artefact.tensor("embed")
+        self._decoder = Decoder(
+            layers=tuple(layer(f"layers.{i}") for i in range(c.layers)),
+            head=weight("head"),
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            eps=c.rms_eps,
+            block=c.hadamard_block,
+            cos=artefact.tensor("rope.cos"),
+            sin=artefact.tensor("rope.sin"),
+        )
 
     @property
     def context(self) -> int:
@@ -126,61 +120,16 @@ class Model:
         Running a chunk again writes the same bits again. Raises `NumericsError` where a value leaves the profile's
         range; which chunk it was in is not known.
         """
-        ids = [token for chunk in chunks for token in chunk.tokens]
-        places = [p for chunk in chunks for p in range(chunk.start, chunk.start + len(chunk.tokens))]
-        positions = torch.tensor(places, dtype=torch.int32)
-        x = self._embed[torch.tensor(ids)]
-        spans, wanted, rows = _spans(chunks)
-        last = len(self._layers) - 1
-        for i, layer in enumerate(self._layers):
-            heads = self._heads(layer, x, positions)
-            for span in spans:
-                span.cache.append(i, heads, span.start, span.end, span.position)
-            q, s_q = heads.q, heads.s_q
-            if i == last and len(rows) < len(ids):
-                index = torch.tensor(rows, dtype=torch.int64)
-                x, q, s_q, spans = x[index], q[index], s_q[index], wanted
-                if not rows:
-                    break
-            out, s_out = quantise(attend(q, s_q, spans, layer=i))
-            x = linear(out, s_out, layer.o, bias=layer.o_bias, residual=x)
-            gate_up = linear(*norm_quantise(x, self._config.rms_eps), layer.gate_up)
-            x = linear(*swiglu_quantise(gate_up, self._config.hadamard_block), layer.down, residual=x)
-        if not rows:
-            return torch.empty(0, self.vocab)
-        return linear(*norm_quantise(x, self._config.rms_eps), self._head)
-
-    def _heads(self, layer: _Layer, x: Tensor, positions: Tensor) -> Heads:
-        c = self._config
-        qkv = linear(*norm_quantise(x, c.rms_eps), layer.qkv, bias=layer.qkv_bias)
-        return rope_quantise(
-            qkv,
-            positions,
-            self._cos,
-            self._sin,
-            heads=c.heads,
-            kv_heads=c.kv_heads,
-            head_dim=c.head_dim,
-            q_gain=layer.q_gain,
-            k_gain=layer.k_gain,
-            eps=c.rms_eps,
-        )
-
-
-def _spans(chunks: Sequence[Chunk]) -> tuple[list[Span], list[Span], list[int]]:
-    """All rows as spans; the rows with logits as spans among themselves; their indices among all rows."""
-    spans: list[Span] = []
-    wanted: list[Span] = []
-    rows: list[int] = []
-    at = 0
-    for chunk in chunks:
-        count = len(chunk.tokens)
-        end = chunk.start + count
-        kv = chunk.cache.reserve(end, chunk.start)
-        spans.append(Span(cache=kv, start=at, end=at + count, position=chunk.start))
-        if chunk.logits:
-            first = len(rows)
-            rows += range(at + count - chunk.logits, at + count)
-            wanted.append(Span(cache=kv, start=first, end=len(rows), position=end - chunk.logits))
-        at += count
-    return spans, wanted, rows
+        ids: list[int] = []
+        spans: list[Span] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            start = len(ids)
+            ids += chunk.tokens
+            kv = chunk.cache.reserve(chunk.start + len(chunk.tokens), chunk.start)
+            spans.append(Span(cache=kv, start=start, end=len(ids), position=chunk.start))
+            rows += range(len(ids) - chunk.logits, len(ids))
+        x = self._decoder.forward(self._embed[torch.tensor(ids)], spans)
+        if len(rows) < len(ids):
+            x = x[torch.tensor(rows, dtype=torch.int64)]
+        return self._decoder.logits(x) if rows else torch.empty(0, self.vocab)
