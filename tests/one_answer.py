@@ -5,25 +5,24 @@ Built from the appliance's own parts (platform, keys, recorder) so that tests ca
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from countermark.appraise import Verdict, appraise
 from countermark.binding import Connection
 from countermark.bundle import Bundle
-from countermark.formats import records
 from countermark.formats.receipt import Answer
 from countermark.formats.records import EXACT_CLAIMS, EXACT_TIER, Sampling, Stack, encode_input
 from countermark.formats.report_data import Purpose
 from countermark.policy import Policy, Profile, new_policy, pin
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
-from countermark.tlog.merkle import EMPTY_ROOT
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.platform.sim import boot
 from countermark_appliance.platform.sim.state import make
-from countermark_appliance.records.recorder import Committed, Completed, Recorder, log_origin
+from countermark_appliance.records.recorder import Committed, Completed, Recorder
 
 NOW = 1_800_000_000
 OPERATOR = "test.example"
@@ -182,7 +181,6 @@ def start(directory: Path, code: Path, **changes: object) -> Machine:
     )
     extend_boot(platform, values)
     extend_ready(platform, values)
-    origin = log_origin(OPERATOR, keyring.boot_id)
     attester = Attester(platform, keyring, values)
     recorder = Recorder.open(
         directory,
@@ -191,9 +189,7 @@ def start(directory: Path, code: Path, **changes: object) -> Machine:
         evidence_digest=bytes(32),
         stack=replace(stack(platform.image_id), **changes),  # type: ignore[arg-type]
     )
-    assert recorder.epoch.origin == origin
-    assert EMPTY_ROOT
-    digests = [__import__("hashlib").sha256(der).digest() for der in (state.root_der, state.gpu_root_der)]
+    digests = [hashlib.sha256(der).digest() for der in (state.root_der, state.gpu_root_der)]
     policy = new_policy(Profile.TEST, now=NOW, simulated_tdx_root=digests[0], simulated_gpu_root=digests[1])
     policy = pin(policy, state.manifest, now=NOW, signers=state.signer_digests, weights_roots=[WEIGHTS_ROOT])
     return Machine(recorder, keyring, attester, policy, state.manifest)
@@ -212,6 +208,3 @@ def make_world(tmp_path: Path) -> World:
     receipt = machine.recorder.receipt(completed)
     checked = verify_receipt(receipt, verdict, request=REQUEST, accepted=accepted, answer=answer(completed))
     return World(machine, evidence, verdict, committed, accepted, completed, receipt, answer(completed), checked)
-
-
-assert records
