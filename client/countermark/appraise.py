@@ -52,6 +52,20 @@ from countermark.tdx.td import verify_td
 TLS_VERSION: Final = "TLSv1.3"
 TLS_GROUP: Final = "X25519MLKEM768"
 _SEAL: Final = object()
+_STEPS: Final = {
+    "1": "every byte parses",
+    "2": "endorsements are signed, current and not rolled back",
+    "3": "quote signatures and TCB level",
+    "4": "TD attributes and TDX module",
+    "5": "registers equal the reference values",
+    "6": "event logs replay to the registers",
+    "7": "report_data is our challenge, this connection and these keys",
+    "7b": "report_data is the carried claims (connection asserted, not verified)",
+    "8": "GPUs",
+    "9": "hardware allow-list",
+    "10": "weights, numerics and configuration",
+    "11": "channel",
+}
 
 
 class Scope(StrEnum):
@@ -62,10 +76,9 @@ class Scope(StrEnum):
 
 
 class TimeBasis(StrEnum):
-    """Where the time of an appraisal comes from: this machine's clock, a valid anchor, or somebody's choice."""
+    """Where the time of an appraisal comes from: this machine's clock, or somebody's choice."""
 
     NOW = "now"
-    ANCHORED = "anchored"
     ASSUMED = "assumed"
 
 
@@ -168,7 +181,13 @@ class Verdict:
             "ppid": self.tdx.ppid.hex(),
             "fmspc": self.tdx.fmspc.hex(),
             "gpu": [
-                {"key": gpu.key.hex(), "name": gpu.name, "driver": gpu.driver_version, "vbios": gpu.vbios_version}
+                {
+                    "key": gpu.key.hex(),
+                    "name": gpu.name,
+                    "chip": gpu.chip.hex(),
+                    "driver": gpu.driver_version,
+                    "vbios": gpu.vbios_version,
+                }
                 for gpu in self.gpu
             ],
             "claims": {
@@ -181,35 +200,38 @@ class Verdict:
         }
 
 
-def _failed(err: CountermarkError, number: str, name: str) -> Check:
-    return Check(step=number, name=name, status=Status.FAIL, detail=str(err), code=err.code)
+def _failed(err: CountermarkError, number: str) -> Check:
+    return Check(step=number, name=_STEPS[number], status=Status.FAIL, detail=str(err), code=err.code)
 
 
 class _Steps:
-    """Collects the checks; a step that raises is recorded as failed and its error gets all checks so far."""
+    """Collects the checks; a step that raises is recorded as failed and its error gets all checks so far.
+
+    A `FormatError` becomes a `QuoteError` with its code: here the malformed thing is evidence, and is refused as such.
+    """
 
     def __init__(self) -> None:
         self.checks: list[Check] = []
 
     @contextmanager
-    def step(self, number: str, name: str) -> Iterator[list[str]]:
+    def step(self, number: str) -> Iterator[list[str]]:
         """Run one step; what it appends to the yielded list becomes the check's detail."""
         details: list[str] = []
         try:
             yield details
         except FormatError as err:
             malformed = QuoteError(str(err), code=err.code, step=number)
-            malformed.checks = (*self.checks, _failed(malformed, number, name))
+            malformed.checks = (*self.checks, _failed(malformed, number))
             raise malformed from err
         except CountermarkError as err:
             err.step = err.step or number
-            err.checks = (*self.checks, _failed(err, err.step, name))
+            err.checks = (*self.checks, _failed(err, err.step))
             raise
-        self.checks.append(Check(step=number, name=name, status=Status.PASS, detail="; ".join(details)))
+        self.checks.append(Check(step=number, name=_STEPS[number], status=Status.PASS, detail="; ".join(details)))
 
-    def skip(self, number: str, name: str, detail: str) -> None:
+    def skip(self, number: str, detail: str) -> None:
         """Record a step that the scope or the policy does not require."""
-        self.checks.append(Check(step=number, name=name, status=Status.SKIP, detail=detail))
+        self.checks.append(Check(step=number, name=_STEPS[number], status=Status.SKIP, detail=detail))
 
 
 def appraise(
@@ -238,7 +260,7 @@ def appraise(
         raise PolicyError(f"policy: valid until {policy.not_after}, time is {now}", code="policy.expired")
     steps = _Steps()
 
-    with steps.step("1", "every byte parses") as detail:
+    with steps.step("1") as detail:
         parsed = parse_evidence(evidence)
         quote = parse_quote(parsed.quote)
         ccel = parse_event_log(parsed.ccel)
@@ -248,25 +270,25 @@ def appraise(
         gpu_evidence = parse_gpus(parsed)
         detail.append(f"{len(evidence)} bytes; platform {parsed.platform.value}; quote version {quote.header.version}")
 
-    with steps.step("2", "endorsements are signed, current and not rolled back") as detail:
+    with steps.step("2") as detail:
         verify_root(quote, policy)
         _verify_platform(parsed, policy)
         detail.append(verify_endorsements(endorsements, policy, now=now))
 
-    with steps.step("3", "quote signatures and TCB level") as detail:
+    with steps.step("3") as detail:
         platform = verify_quote(parsed.quote, quote, endorsements, policy, now=now)
         detail.append(f"{platform.tcb_status}; advisories {', '.join(platform.advisory_ids) or 'none'}")
 
-    with steps.step("4", "TD attributes and TDX module") as detail:
+    with steps.step("4") as detail:
         detail.append(verify_td(quote.body, policy))
 
-    with steps.step("5", "registers equal the reference values") as detail:
+    with steps.step("5") as detail:
         image, shape = verify_registers(
             quote.body, policy.images, platform=parsed.platform.value, claimed=claims.image_id, ccel=ccel, now=now
         )
         detail.append(f"image {image.image_id.hex()}, version {image.version}, {image.kind.value}, {shape.name}")
 
-    with steps.step("6", "event logs replay to the registers") as detail:
+    with steps.step("6") as detail:
         detail.append(verify_event_log(quote.body, ccel))
         boot = verify_runtime_log(parsed.rtmr3_log, quote.body.rtmr3)
         if boot.image_id != image.image_id:
@@ -274,35 +296,32 @@ def appraise(
             raise MeasurementError(message, code="measurement.image_id")
         detail.append("RTMR3 is exactly our boot events, up to system-ready")
 
-    seventh = ("7", "report_data is our challenge, this connection and these keys")
-    if connection is None:
-        seventh = ("7b", "report_data is the carried claims (connection asserted, not verified)")
-    with steps.step(*seventh) as detail:
+    with steps.step("7b" if connection is None else "7") as detail:
         verify_binding(parsed, claims, quote.body.report_data, connection)
         keys = verify_measured(parsed, claims, boot)
         detail.append(f"boot {claims.boot_id.hex()[:16]}; {len(keys)} keys as measured")
 
-    with steps.step("8", "GPUs") as detail:
+    with steps.step("8") as detail:
         gpus = appraise_gpus(gpu_evidence, claims, boot.gpus, policy, now=now)
         detail += [f"{gpu.name}, driver {gpu.driver_version}" for gpu in gpus]
         detail.append(f"mode {policy.gpu_mode}; SIMULATED GPU, measurements not judged")
 
     if policy.any_hardware:
-        steps.skip("9", "hardware allow-list", f"the policy accepts any machine; this is PPID {platform.ppid.hex()}")
+        steps.skip("9", f"the policy accepts any machine; this is PPID {platform.ppid.hex()}")
     else:
-        with steps.step("9", "hardware allow-list") as detail:
+        with steps.step("9") as detail:
             _verify_hardware(platform, gpus, policy)
             detail.append(f"PPID {platform.ppid.hex()}")
 
-    with steps.step("10", "weights, numerics and configuration") as detail:
+    with steps.step("10") as detail:
         _verify_model(boot, policy)
         detail.append(f"weights {boot.weights_root.hex()}; {boot.profile}")
         detail.append(f"config {boot.config.hex()}" + (" (the policy accepts any)" if policy.any_config else ""))
 
     if connection is None:
-        steps.skip("11", "channel", "does not apply offline")
+        steps.skip("11", "does not apply offline")
     else:
-        with steps.step("11", "channel") as detail:
+        with steps.step("11") as detail:
             _verify_channel(connection)
             detail.append(f"{connection.version}, {connection.group}")
 
@@ -340,8 +359,8 @@ def _verify_hardware(platform: Platform, gpus: tuple[Gpu, ...], policy: Policy) 
         message = f"ppid: expected one of the {len(policy.ppids)} in the policy, got {platform.ppid.hex()}"
         raise MeasurementError(message, code="hardware.ppid")
     for gpu in gpus:
-        if gpu.key not in policy.gpu_keys:
-            message = f"GPU device key: expected one of the {len(policy.gpu_keys)} in the policy, got {gpu.key.hex()}"
+        if gpu.chip not in policy.gpu_chips:
+            message = f"GPU chip: expected one of the {len(policy.gpu_chips)} in the policy, got {gpu.chip.hex()}"
             raise MeasurementError(message, code="hardware.gpu")
 
 

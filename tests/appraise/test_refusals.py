@@ -308,7 +308,7 @@ def pck_crl() -> bytes:
 
 def listed_ppid_only() -> Verdict:
     ppid = Scene().appraise().tdx.ppid
-    return policy(any_hardware=False, ppids=(ppid,), gpu_keys=(OTHER,))
+    return policy(any_hardware=False, ppids=(ppid,), gpu_chips=(OTHER,))
 
 
 def late_manifest() -> Verdict:

@@ -141,7 +141,7 @@ def test_reports_from_boot_pass_where_the_policy_says_so() -> None:
 
 
 def test_hardware_on_the_allow_list_passes_step_9(scene: Scene, verdict: Verdict) -> None:
-    policy = policy_for(scene.state, any_hardware=False, ppids=(verdict.tdx.ppid,), gpu_keys=(verdict.gpu[0].key,))
+    policy = policy_for(scene.state, any_hardware=False, ppids=(verdict.tdx.ppid,), gpu_chips=(verdict.gpu[0].chip,))
     checks = {check.step: check.status for check in Scene(state=scene.state).appraise(policy).checks}
     assert checks["9"] is Status.PASS
 

@@ -48,7 +48,7 @@ def everything() -> Policy:
         accepted_advisories=(Waiver(name="INTEL-SA-00615", until=NOW),),
         any_hardware=False,
         ppids=(b"\x33" * 16,),
-        gpu_keys=(D32,),
+        gpu_chips=(D32,),
         gpu_count=8,
         gpu_mode="protected-pcie",
         gpu_freshness=GpuFreshnessRule.BOOT,

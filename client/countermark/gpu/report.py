@@ -35,9 +35,14 @@ _FWID_BYTES: Final = 48
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A GPU whose report verified. `key`: SHA-256 of the leaf certificate's SubjectPublicKeyInfo."""
+    """A GPU whose report verified. Keys are SHA-256 of a SubjectPublicKeyInfo.
+
+    `key`: the device (leaf) certificate's, which a firmware update changes. `chip`: its issuer's, the boot ROM, which
+    stays the same for the life of the chip.
+    """
 
     key: bytes
+    chip: bytes
     name: str
     driver_version: str
     vbios_version: str
@@ -45,7 +50,7 @@ class Gpu:
     measurements: int
 
 
-def device_key(certificate: x509.Certificate) -> bytes:
+def spki_digest(certificate: x509.Certificate) -> bytes:
     """SHA-256 of the certificate's SubjectPublicKeyInfo (DER)."""
     return hashlib.sha256(
         certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -76,7 +81,8 @@ def verify_report(
     if driver is None or vbios is None:
         raise GpuError("GPU report: expected driver and VBIOS versions, got none", code="gpu.field", step="8")
     return Gpu(
-        key=device_key(leaf),
+        key=spki_digest(leaf),
+        chip=spki_digest(chain[1]),
         name=x509chain.name(leaf),
         driver_version=driver,
         vbios_version=vbios,

@@ -158,7 +158,7 @@ def parse_policy(data: bytes) -> Policy:
         "accepted_advisories": tdx.waivers("accept_advisory"),
         "any_hardware": hardware.get("any", bool, False),
         "ppids": hardware.digests("ppids", 16),
-        "gpu_keys": hardware.digests("gpu_keys", 32),
+        "gpu_chips": hardware.digests("gpu_chips", 32),
         "gpu_count": gpu.get("count", int),
         "gpu_mode": gpu.get("mode", str),
         "gpu_freshness": _enum(gpu, "freshness", GpuFreshnessRule),
@@ -192,11 +192,8 @@ def _bool(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _waivers(table: str, what: str, waivers: tuple[Waiver, ...]) -> list[str]:
-    lines = [f'[{table}]  # {what} = the time until which it is accepted, such as "{{}}" = 2026-01-31T00:00:00Z']
-    return [lines[0].format("OutOfDate" if "status" in table else "INTEL-SA-00000")] + [
-        f"{json.dumps(item.name)} = {_time(item.until)}" for item in waivers
-    ]
+def _waivers(waivers: tuple[Waiver, ...]) -> list[str]:
+    return [f"{json.dumps(item.name)} = {_time(item.until)}" for item in waivers]
 
 
 def encode_policy(policy: Policy) -> str:
@@ -227,13 +224,15 @@ def encode_policy(policy: Policy) -> str:
         "",
         "[tdx]",
         f"mrseam = {_list(policy.mrseam)}  # TDX modules",
-        *_waivers("tdx.accept_status", "a TCB status besides UpToDate", policy.accepted_statuses),
-        *_waivers("tdx.accept_advisory", "an advisory", policy.accepted_advisories),
+        "[tdx.accept_status]  # besides UpToDate, until a time, such as OutOfDate = 2026-01-31T00:00:00Z",
+        *_waivers(policy.accepted_statuses),
+        "[tdx.accept_advisory]  # until a time, such as INTEL-SA-00615 = 2026-01-31T00:00:00Z",
+        *_waivers(policy.accepted_advisories),
         "",
-        "[hardware]  # where the machine stands is known only by naming it: PPIDs and GPU keys instead of any = true",
+        "[hardware]  # where the machine stands is known only by naming it: PPIDs and GPU chips instead of any = true",
         f"any = {_bool(policy.any_hardware)}",
         f"ppids = {_list(policy.ppids)}",
-        f"gpu_keys = {_list(policy.gpu_keys)}  # SHA-256 of the device certificate's public key",
+        f"gpu_chips = {_list(policy.gpu_chips)}  # SHA-256 of the boot ROM certificate's public key",
         "",
         "[gpu]",
         f"count = {policy.gpu_count}",

@@ -81,7 +81,7 @@ class Policy:
 
     `tdx_root`, `gpu_root`: SHA-256 of the root certificates. `images`: verified manifests, whose registers are the
     reference values. `manifest_version`: the highest seen, never lowered. `manifest_signers`: SHA-256 of the two
-    COSE_Keys. `ppids`, `gpu_keys`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
+    COSE_Keys. `ppids`, `gpu_chips`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
     Constructing one that contradicts itself raises `PolicyError`.
     """
 
@@ -102,7 +102,7 @@ class Policy:
     accepted_advisories: tuple[Waiver, ...] = ()
     any_hardware: bool = False
     ppids: tuple[bytes, ...] = ()
-    gpu_keys: tuple[bytes, ...] = ()
+    gpu_chips: tuple[bytes, ...] = ()
     gpu_count: int = 1
     gpu_mode: str = "cc-on"
     gpu_freshness: GpuFreshnessRule = GpuFreshnessRule.SESSION
@@ -149,7 +149,7 @@ def _check(policy: Policy) -> None:
     for advisory in policy.accepted_advisories:
         if not _ADVISORY.fullmatch(advisory.name):
             raise _refuse(f"tdx.accept_advisory: expected an advisory id, got {advisory.name!r}", "value")
-    if policy.any_hardware and (policy.ppids or policy.gpu_keys):
+    if policy.any_hardware and (policy.ppids or policy.gpu_chips):
         raise _refuse("hardware: expected either any = true or lists, got both", "contradiction")
     if policy.any_config and policy.configs:
         raise _refuse("config: expected either any = true or digests, got both", "contradiction")

@@ -36,8 +36,6 @@ _REASONS: Final = (
     ("no matching tcb level", "tcb.no_level"),
     ("revoked", "tcb.status"),
     ("tdx module", "tcb.module"),
-    ("qe identity", "tcb.qe_identity"),
-    ("qe report", "tcb.qe_identity"),
     ("qe ", "tcb.qe_identity"),
 )
 
@@ -87,8 +85,8 @@ def verify_quote(data: bytes, quote: Quote, endorsements: Endorsements, policy: 
         raise TcbError(message, code="tcb.fmspc", step="3")
     try:
         verifier = dcap_qvl.QuoteVerifier(chain[-1].public_bytes(Encoding.DER))
-        strict = dcap_qvl.QuotePolicy.claims_only(now)
-        claims = json.loads(verifier.verify_with_policy(data, endorsements.collateral, now, strict).to_json())
+        rate = dcap_qvl.QuotePolicy.claims_only(now)  # it rates; which ratings pass is our policy's
+        claims = json.loads(verifier.verify_with_policy(data, endorsements.collateral, now, rate).to_json())
     except ValueError as err:
         verify_td(quote.body, policy)
         text = str(err).lower()
