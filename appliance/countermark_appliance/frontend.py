@@ -29,12 +29,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one client may cost. `stall_s`: sent bytes not taken; `idle_s`: no byte in either direction."""
+    """What one client may cost. `stall_s`: sent bytes not taken; `idle_s`: no byte in either direction; `quiet_s`: no
+    byte for so long, and the place is given away when all are taken (our own clients ping every 30 s)."""
 
-    connections: int = 512
+    connections: int = 256
     handshake_s: int = 10
     stall_s: int = 60
     idle_s: int = 900
+    quiet_s: int = 90
 
 
 class FrontEnd:
@@ -70,7 +72,7 @@ class FrontEnd:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "countermark_appliance.frontend_process", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "countermark_appliance.frontend_process", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
             )

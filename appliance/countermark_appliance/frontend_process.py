@@ -139,7 +139,7 @@ class _Loop:
             except OSError:  # out of descriptors: rest until the next tick
                 self._stop_accepting()
                 return
-            if len(self._clients) >= self._limits.connections:
+            if len(self._clients) >= self._limits.connections and not self._make_room():
                 sock.close()
                 continue
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -152,6 +152,20 @@ class _Loop:
                 return
             self._clients[client.number] = client
             self._advance(client, READ, 0)
+
+    def _make_room(self) -> bool:
+        """Give up the oldest unfinished handshake, else the quietest connection, so that silence holds no place."""
+        now = time.monotonic()
+        shaking = (one for one in self._clients.values() if one.state is _State.HANDSHAKE)
+        quiet = (
+            one
+            for one in sorted(self._clients.values(), key=lambda one: one.since)
+            if one.state is _State.PUMPING and now - one.since > self._limits.quiet_s
+        )
+        victim = next(shaking, None) or next(quiet, None)
+        if victim is not None:
+            self._leave(victim)
+        return victim is not None
 
     def _command(self, message: object) -> None:
         match message:

@@ -135,6 +135,8 @@ class Service:
             with contextlib.suppress(RuntimeError):
                 self._call(self._drain(grace_s))
             self._thread.join()
+        elif not self._loop.is_closed():
+            self._loop.close()
         self._blocking.shutdown()
         self._quoting.shutdown()
 
@@ -158,6 +160,7 @@ class Service:
                 ("grpc.max_send_message_length", codec.MAX_RESPONSE_BYTES),
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),  # clients ping every 30 s, also between requests
             ),
         )
         server.add_generic_rpc_handlers((self._countermark(), self._log()))

@@ -94,8 +94,9 @@ class Channel:
             sock = socket.create_connection(parse_address(address), timeout=timeout_s)
         except TimeoutError as err:
             raise Unavailable(f"{address}: no answer within {timeout_s:g} s", code="channel.timeout") from err
-        except OSError as err:
-            raise Unavailable(f"{address}: {err.strerror or err}", code="channel.connect") from err
+        except (OSError, UnicodeError) as err:  # UnicodeError: a host name that cannot be one
+            reason = getattr(err, "strerror", None) or type(err).__name__
+            raise Unavailable(f"{address}: {reason}", code="channel.connect") from err
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tls = TlsEndpoint(client_context(), sock, server=False)

@@ -129,6 +129,7 @@ class Session:
         self.verdict = verdict
         self.evidence = evidence
         self._channel = channel
+        self._closed = False
         self._generate = channel.grpc_channel.unary_stream(codec.GENERATE, None, None)
 
     @property
@@ -178,12 +179,17 @@ class Session:
             logit_bias=logit_bias,
             ignore_eos=ignore_eos,
         )
-        if self._channel.is_over:
-            raise self._channel.failure() or Unavailable("session: closed", code="session.closed")
-        return Stream(self, self._channel, self._generate(request, timeout=timeout_s), request)
+        if self._channel.is_over or self._closed:
+            raise self._channel.failure() or _closed()
+        try:
+            call = self._generate(request, timeout=timeout_s)
+        except ValueError as err:  # grpcio's word for a channel that another thread has just closed
+            raise _closed() from err
+        return Stream(self, self._channel, call, request)
 
     def close(self) -> None:
         """End the connection. Idempotent."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -308,6 +314,10 @@ class Stream:
             self._session.close()
 
 
+def _closed() -> Unavailable:
+    return Unavailable("session: closed", code="session.closed")
+
+
 def _translated(err: grpc.RpcError, channel: Channel) -> CountermarkError:
     """A failed call in our own terms."""
     if not isinstance(err, grpc.Call):
@@ -316,9 +326,10 @@ def _translated(err: grpc.RpcError, channel: Channel) -> CountermarkError:
     given = {str(key): str(value) for key, value in err.trailing_metadata() or ()}
     code = given.get(codec.CODE_KEY, "")
     if not codec.is_code(code):
-        if status is grpc.StatusCode.UNAVAILABLE:
-            lost = Unavailable("connection: lost", code="channel.lost")
-            return channel.failure(wait_s=1.0) or lost
+        unavailable = status is grpc.StatusCode.UNAVAILABLE
+        failure = channel.failure(wait_s=1.0 if unavailable else 0.0)
+        if failure is not None or unavailable:
+            return failure or Unavailable("connection: lost", code="channel.lost")
         code = f"server.{status.name.lower()}"
     said = "".join(c if c.isprintable() else "?" for c in (err.details() or status.name)[:_SAID])
     retry = given.get(codec.RETRY_KEY, "")

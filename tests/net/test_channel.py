@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -150,6 +151,7 @@ def test_nobody_there_and_nobody_answering(node: Node) -> None:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         assert refused(address, 0.3).code == "channel.timeout"
     assert refused(address).code == "channel.connect"
+    assert refused("a..b:1").code == "channel.connect"
     assert isinstance(refused(address), Unavailable)
     assert refused(f"127.0.0.1:{node.upstream_port}").code == "channel.tls"  # gRPC in the clear
 
@@ -255,6 +257,45 @@ def test_idle_connections_and_too_many_are_closed(identity: Identity) -> None:
     nodes.close()
 
 
+def test_silence_holds_no_place(identity: Identity) -> None:
+    """All places taken by clients that say nothing: one in its handshake, one after it; two that talk get in."""
+    nodes = start_node(identity, Limits(connections=2, quiet_s=0))
+    node = next(nodes)
+    _, quiet = raw_client(node)
+    wait_until(lambda: len(node.connections) == 1)
+    with socket.create_connection(("127.0.0.1", node.front_end.port)):
+        first = Channel.open(node.address)
+        assert once(first)(b"in") == b"in"
+        second = Channel.open(node.address)
+        assert once(second)(b"in too") == b"in too"
+    quiet.close()
+    first.close()
+    second.close()
+    nodes.close()
+
+
+def test_the_process_dies_with_a_killed_service(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from net_helpers import make_identity, start_node\n"
+        "node = next(start_node(make_identity()))\n"
+        "print(node.front_end._process.pid, flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as service:
+        assert service.stdout is not None
+        pid = int(service.stdout.readline())
+        service.kill()
+    wait_until(lambda: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    """Alive, and not merely waiting for its adopter to collect it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_bytes_that_are_not_http2_reach_no_handler(node: Node) -> None:
     before = len(node.echo.peers)
     connection, sock = raw_client(node)
@@ -322,6 +363,6 @@ def test_key_stays_out_of_arguments_and_environment(node: Node, identity: Identi
     proc = Path("/proc") / str(node.front_end._process.pid)
     if not proc.exists():
         pytest.skip("no /proc here")
-    assert (proc / "cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", b"countermark_appliance.frontend_process"]
+    assert (proc / "cmdline").read_bytes().split(b"\0")[2:4] == [b"-m", b"countermark_appliance.frontend_process"]
     assert identity.key not in (proc / "environ").read_bytes()
     assert front_end_main.__module__ == "countermark_appliance.frontend_process"
