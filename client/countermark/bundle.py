@@ -1,6 +1,6 @@
 """The bundle: one file (`.cmk`) with everything it takes to verify an answer offline.
 
-A ZIP (APPNOTE 6.3) of stored entries in one fixed order, without times, attributes, comments or extra fields, so that
+A ZIP (APPNOTE 6.3) of stored entries in one fixed order, without times, comments or extra fields, mode 0600, so that
 equal content is an equal file and any ZIP tool opens it. `manifest.cbor` comes first: [name, size, SHA-256] of every
 other entry. A reader takes the names and contents from the local headers, encodes them again and compares: every byte
 of the file is accounted for. The digests find damage, not forgery: nothing in a bundle is believed before
@@ -51,7 +51,8 @@ MAX_BUNDLE_BYTES: Final = 64 * _MIB
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
-_VERSION_NEEDED, _DATE_1980 = 10, 0x21
+_VERSION, _DATE_1980 = 20, 0x21
+_MADE_BY_UNIX, _MODE_0600 = 3 << 8 | _VERSION, 0o600 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +152,9 @@ def _encode_zip(entries: Mapping[str, bytes]) -> bytes:
     for name, data in entries.items():
         encoded, offset = name.encode(), len(body)
         about = (zlib.crc32(data), len(data), len(data), len(encoded), 0)
-        head = (_VERSION_NEEDED, 0, 0, 0, _DATE_1980)
+        head = (_VERSION, 0, 0, 0, _DATE_1980)
         body += _LOCAL.pack(b"PK\3\4", *head, *about) + encoded + data
-        directory += _CENTRAL.pack(b"PK\1\2", _VERSION_NEEDED, *head, *about, 0, 0, 0, 0, offset) + encoded
+        directory += _CENTRAL.pack(b"PK\1\2", _MADE_BY_UNIX, *head, *about, 0, 0, 0, _MODE_0600, offset) + encoded
     end = _END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), len(body), 0)
     return bytes(body + directory + end)
 
