@@ -42,6 +42,15 @@ from countermark_appliance.generation import Engine, Generation, Order
 from countermark_appliance.platform.attester import LogHead
 
 _STOP_S: Final = 10.0
+_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", codec.MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", codec.MAX_RESPONSE_BYTES),
+    ("grpc.max_metadata_size", 16 * 1024),
+    # Clients ping every 30 s, also between requests; without both of these they are sent away for it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 _SERVED: Final = (codec.SERVICE, codec.LOG_SERVICE)
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -153,15 +162,7 @@ class Service:
     async def _serve(self) -> None:
         server = grpc.aio.server(
             interceptors=(Gate(self._connections),),
-            options=(
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_concurrent_streams", self._limits.streams),
-                ("grpc.max_receive_message_length", codec.MAX_REQUEST_BYTES),
-                ("grpc.max_send_message_length", codec.MAX_RESPONSE_BYTES),
-                ("grpc.max_metadata_size", 16 * 1024),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-                ("grpc.keepalive_permit_without_calls", 1),  # clients ping every 30 s, also between requests
-            ),
+            options=(*_OPTIONS, ("grpc.max_concurrent_streams", self._limits.streams)),
         )
         server.add_generic_rpc_handlers((self._countermark(), self._log()))
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from net_appliance import WORDS, Appliance, running
 
+from countermark import channel
 from countermark.bundle import read_bundle
 from countermark.errors import RequestError, UsageError
 from countermark.formats.records import Kind
 from countermark.session import Stream
 from countermark.verify import verify_bundle
+from countermark_appliance import service
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +123,18 @@ def test_an_unwritable_bundle_is_said(appliance: Appliance, tmp_path: Path) -> N
     with pytest.raises(UsageError) as caught:
         answer.save(tmp_path / "absent" / "x.cmk")
     assert caught.value.code == "bundle.unwritable"
+
+
+def test_an_idle_session_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepalive pings between requests, a hundred times as fast as in earnest, are not taken for abuse."""
+
+    def quicker(options: tuple[tuple[str, int], ...], name: str) -> tuple[tuple[str, int], ...]:
+        assert name in dict(options)
+        return tuple((key, value // 100 if key == name else value) for key, value in options)
+
+    monkeypatch.setattr(channel, "_OPTIONS", quicker(channel._OPTIONS, "grpc.keepalive_time_ms"))
+    name = "grpc.http2.min_ping_interval_without_data_ms"
+    monkeypatch.setattr(service, "_OPTIONS", quicker(service._OPTIONS, name))
+    with running(tmp_path) as appliance, appliance.connect() as session:
+        time.sleep(2.5)
+        assert session.generate("still there", max_tokens=1).result().tokens
