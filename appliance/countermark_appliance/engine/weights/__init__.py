@@ -2,11 +2,10 @@
 
 from countermark_appliance.engine.weights.artefact import Artefact, DamagedBlock, Verified, load, verify
 from countermark_appliance.engine.weights.build import Built, build
-from countermark_appliance.engine.weights.config import PROFILE, ModelConfig, tensor_specs
+from countermark_appliance.engine.weights.config import ModelConfig, tensor_specs
 from countermark_appliance.engine.weights.standin import stand_in_gguf
 
 __all__ = [
-    "PROFILE",
     "Artefact",
     "Built",
     "DamagedBlock",

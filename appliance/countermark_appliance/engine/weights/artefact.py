@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from blake3 import blake3
@@ -74,11 +75,11 @@ class Artefact:
     config: ModelConfig
     weights_root: bytes
     manifest_digest: bytes
-    tokenizer_json: bytes
-    chat_template: str
+    tokenizer_json: bytes = field(repr=False)
+    chat_template: str = field(repr=False)
     tokenizer_digest: bytes
     template_digest: bytes
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(repr=False)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name (see `tensor_specs`), a read-only view of the mapped image."""
@@ -178,7 +179,7 @@ def load(
         chat_template=template,
         tokenizer_digest=digests["tokenizer.json"],
         template_digest=digests["chat_template.jinja"],
-        tensors=tensors,
+        tensors=MappingProxyType(tensors),
     )
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,11 +26,12 @@ from countermark.errors import WeightsError
 from countermark_appliance.engine.weights import verity
 from countermark_appliance.engine.weights.artefact import IMAGE, MANIFEST, SIDECAR, TREE, encode_sidecar
 from countermark_appliance.engine.weights.config import ModelConfig, tensor_specs
-from countermark_appliance.engine.weights.fold import Folder
+from countermark_appliance.engine.weights.fold import Folder, Jobs
 from countermark_appliance.engine.weights.folder import FolderSource
 from countermark_appliance.engine.weights.ggufsource import GgufSource
 from countermark_appliance.engine.weights.modeljson import encode_model
 from countermark_appliance.engine.weights.pack import Packer, image_bytes
+from countermark_appliance.engine.weights.parallel import ordered, single_threaded_torch
 from countermark_appliance.engine.weights.quantise import quantise_rows
 from countermark_appliance.engine.weights.ropetable import table_rows
 from countermark_appliance.engine.weights.source import Source
@@ -37,7 +39,7 @@ from countermark_appliance.engine.weights.tokenizerjson import load_tokenizer
 
 ProgressCallback = Callable[[int, int, str], None]
 _READ_BYTES = 1 << 20
-_QUANTISE_ELEMENTS = 1 << 20
+_QUANTISE_ELEMENTS = 1 << 19
 _DTYPES = {"f32": torch.float32, "int8": torch.int8}
 _MANIFEST_LINE_BYTES = 64 + 2 + 1  # hex digest, two spaces, newline
 
@@ -98,7 +100,7 @@ def build(
     texts["model.json"] = encode_model(config)
 
     parts = {name: out_dir / f"{name}.partial" for name in (IMAGE, TREE, SIDECAR)}
-    with Packer(parts[IMAGE]) as packer:
+    with single_threaded_torch(), Packer(parts[IMAGE]) as packer:
         manifest_offset = packer.begin(MANIFEST, manifest_bytes)
         packer.write(bytes(manifest_bytes))
         for member, text in texts.items():
@@ -139,7 +141,7 @@ def build(
 
 def _tensors(fold: Folder, config: ModelConfig) -> Iterator[tuple[str, Iterable[Tensor]]]:
     """Name and data of every tensor in the order of `tensor_specs`. Use up the data of one before the next."""
-    yield "embed", (_finite(block, "embed") for block in fold.embed())
+    yield "embed", ordered(lambda job: _finite(job(), "embed"), fold.embed())
     for which in ("cos", "sin"):
         yield f"rope.{which}", table_rows(config, which)
     for i in range(config.layers):
@@ -158,12 +160,11 @@ def _tensors(fold: Folder, config: ModelConfig) -> Iterator[tuple[str, Iterable[
     yield from _linear("head", fold.head())
 
 
-def _linear(name: str, blocks: Iterable[Tensor]) -> Iterator[tuple[str, Iterable[Tensor]]]:
+def _linear(name: str, jobs: Jobs) -> Iterator[tuple[str, Iterable[Tensor]]]:
     scales: list[Tensor] = []
 
     def rows() -> Iterator[Tensor]:
-        for block in blocks:
-            q, scale = quantise_rows(block, what=name)
+        for q, scale in ordered(lambda job: quantise_rows(job(), what=name), jobs):
             scales.append(scale)
             yield q
 
@@ -171,9 +172,9 @@ def _linear(name: str, blocks: Iterable[Tensor]) -> Iterator[tuple[str, Iterable
     yield f"{name}.scale", [torch.cat(scales)]
 
 
-def _slices(whole: Tensor) -> Iterator[Tensor]:
+def _slices(whole: Tensor) -> Jobs:
     step = max(1, _QUANTISE_ELEMENTS // whole.shape[1])
-    return (whole[start : start + step] for start in range(0, whole.shape[0], step))
+    return (partial(whole.narrow, 0, start, min(step, len(whole) - start)) for start in range(0, len(whole), step))
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

@@ -14,8 +14,8 @@ import struct
 from dataclasses import dataclass
 
 from countermark.errors import WeightsError
+from countermark_kernels import PROFILE
 
-PROFILE = "exact-v0"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 HEAD_DIMS = (64, 128)
 MAX_CONTEXT = 133_144  # tokens: the attention sums stay inside int32 (profile table, row "attention")

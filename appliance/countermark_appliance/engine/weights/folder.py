@@ -18,7 +18,6 @@ from torch import Tensor
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
     ARCHITECTURES,
-    PROFILE,
     Llama3Scaling,
     ModelConfig,
     SourceInfo,
@@ -37,6 +36,7 @@ from countermark_appliance.engine.weights.strictjson import (
     text,
 )
 from countermark_appliance.engine.weights.tokenizerjson import load_tokenizer
+from countermark_kernels import PROFILE
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DEFAULT_THETA = 10_000.0

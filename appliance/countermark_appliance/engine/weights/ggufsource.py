@@ -16,7 +16,6 @@ from torch import Tensor
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
     ARCHITECTURES,
-    PROFILE,
     ModelConfig,
     SourceInfo,
     binary32,
@@ -26,6 +25,7 @@ from countermark_appliance.engine.weights.config import (
 from countermark_appliance.engine.weights.gguf import GgufFile
 from countermark_appliance.engine.weights.source import EMBED, FINAL_NORM, HEAD, check_tensors, expected_tensors
 from countermark_appliance.engine.weights.tokenizerjson import tokenizer_json
+from countermark_kernels import PROFILE
 
 _TOP = {"token_embd.weight": EMBED, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
 _LAYER = {

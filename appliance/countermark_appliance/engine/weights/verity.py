@@ -5,7 +5,7 @@ type 1, SHA-256, data and hash blocks of 4096 bytes): one superblock block, then
 to the leaves; a digest is SHA-256(salt || block), 128 digests a hash block, the last one of a level padded with zeros.
 The root is the digest of the top block. Salt and UUID are fixed: the same data has the same tree, bit for bit.
 
-hashlib releases the interpreter lock for each 4096-byte block, so leaves are hashed by a few threads in parallel.
+hashlib releases the interpreter lock for each 4096-byte block, so leaves are hashed on a few threads in parallel.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 from countermark.errors import WeightsError
+from countermark_appliance.engine.weights.parallel import ordered
 
 BLOCK = 4096
 DIGEST = 32
@@ -25,8 +24,9 @@ FANOUT = BLOCK // DIGEST
 SALT = hashlib.sha256(b"countermark/weights/verity/salt/v1").digest()
 UUID = hashlib.sha256(b"countermark/weights/verity/uuid/v1").digest()[:16]
 _SUPERBLOCK = struct.Struct("<8sII16s32sIIQH6s256s168s")
+_DATA_BLOCKS = 7  # index of that field
+_MAX_BLOCKS = 1 << 40
 _CHUNK_BLOCKS = 1024
-THREADS = 2
 
 Progress = Callable[[int], None]
 
@@ -91,16 +91,9 @@ def leaf_chunks(image: memoryview, progress: Progress) -> Iterator[bytes]:
             out += state.digest()
         return bytes(out)
 
-    starts = iter(range(0, len(image), step))
-    with ThreadPoolExecutor(THREADS) as pool:
-        waiting = [pool.submit(chunk, start) for start in islice(starts, 2 * THREADS)]
-        while waiting:
-            done = waiting.pop(0).result()
-            following = next(starts, None)
-            if following is not None:
-                waiting.append(pool.submit(chunk, following))
-            yield done
-            progress(len(done) // DIGEST * BLOCK)
+    for found in ordered(chunk, range(0, len(image), step)):
+        yield found
+        progress(len(found) // DIGEST * BLOCK)
 
 
 def build_tree(image: memoryview, progress: Progress = lambda _: None) -> tuple[bytes, bytes]:
@@ -119,13 +112,15 @@ def stored_root(tree: memoryview, data_blocks: int) -> bytes:
 
     Raises `WeightsError`: `weights.truncated`, `weights.superblock`.
     """
-    if len(tree) != tree_bytes(data_blocks):
-        raise WeightsError(
-            f"hash tree: expected {tree_bytes(data_blocks)} bytes for {data_blocks} blocks, got {len(tree)}",
-            code="weights.truncated",
-        )
-    if tree[:BLOCK] != superblock(data_blocks):
+    if len(tree) < 2 * BLOCK:
+        raise WeightsError(f"hash tree: expected at least two blocks, got {len(tree)} bytes", code="weights.truncated")
+    stated = int(_SUPERBLOCK.unpack(tree[: _SUPERBLOCK.size])[_DATA_BLOCKS])
+    if tree[:BLOCK] != superblock(stated) or not 2 <= stated <= _MAX_BLOCKS:
         raise WeightsError("hash tree: expected the superblock of our parameters", code="weights.superblock")
+    for what, expected, got in (("image", stated, data_blocks), ("hash tree", tree_bytes(stated), len(tree))):
+        if expected != got:
+            unit = "blocks" if what == "image" else "bytes"
+            raise WeightsError(f"{what}: expected {expected} {unit}, got {got}", code="weights.truncated")
     return digest(tree[BLOCK : 2 * BLOCK])
 
 
