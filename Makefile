@@ -29,7 +29,7 @@ bench-cpu: $(VENV)/dev.stamp
 
 # The stubs are committed; this makes them again after a change of the .proto.
 proto: $(VENV)/dev.stamp
-	$(BIN)/python -m grpc_tools.protoc -Iclient --python_out=client --pyi_out=client --grpc_python_out=client \
+	$(BIN)/python -m grpc_tools.protoc -Iclient --python_out=client --pyi_out=client \
 		client/countermark/wire/countermark_v1.proto
 
 lock:
