@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from typing import Any
 
 from countermark.errors import FormatError
 from countermark.formats import cbor
+from countermark.formats.schema import Rules, from_map, to_map
 from countermark.tlog import merkle
 
 VERSION = 1
@@ -195,17 +195,19 @@ _KINDS: dict[Kind, type[Any]] = {
     Kind.ABORT: Abort,
     Kind.CRASHED: Crashed,
 }
-_OPTIONAL = {"triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"}
-_LENGTHS = {"nonce": 32, "request_id": 16}
-_NESTED = {"stack": Stack, "sampling": Sampling, "previous": Previous}
-_CHOICES = {
-    "platform": ("sim", "tdx", "vtpm"),
-    "seed_origin": ("client", "server"),
-}
-_REASONS = {Outcome: ("finish_reason", FINISH_REASONS), Abort: ("reason", ABORT_REASONS)}
-_LIMITS = {"top_p_20bit": 1 << 20, "min_p_20bit": 1 << 20, "seed": (1 << 64) - 1}
-_MAX_TEXT = 4096
-_MAX_ITEMS = 1024
+_RULES = Rules(
+    optional=("triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"),
+    lengths={"nonce": 32, "request_id": 16},
+    nested={"stack": Stack, "sampling": Sampling, "previous": Previous},
+    choices={
+        "platform": ("sim", "tdx", "vtpm"),
+        "seed_origin": ("client", "server"),
+        "finish_reason": FINISH_REASONS,
+        "reason": ABORT_REASONS,
+    },
+    limits={"top_p_20bit": 1 << 20, "min_p_20bit": 1 << 20, "seed": (1 << 64) - 1},
+    max_item=MAX_TOKENS,
+)
 
 
 def kind_of(record: Record) -> Kind:
@@ -215,7 +217,7 @@ def kind_of(record: Record) -> Kind:
 
 def encode_record(record: Record) -> bytes:
     """Deterministic CBOR of a record. Raises `FormatError` on a value the record's type does not allow."""
-    data = cbor.encode({"v": VERSION, "type": kind_of(record).value, **_to_map(record)})
+    data = cbor.encode({"v": VERSION, "type": kind_of(record).value, **to_map(record, _RULES)})
     parse_record(data, kind_of(record))
     return data
 
@@ -226,7 +228,7 @@ def parse_record(data: bytes, kind: Kind) -> Any:
     if not isinstance(value, dict) or value.get("v") != VERSION or value.get("type") != kind.value:
         raise FormatError(f"record: expected version {VERSION} and type {kind.value}", code="record.type")
     del value["v"], value["type"]
-    return _from_map(_KINDS[kind], value)
+    return from_map(_KINDS[kind], value, _RULES)
 
 
 def parse_intent(data: bytes) -> Intent:
@@ -348,82 +350,3 @@ def parse_salts(data: bytes, names: Sequence[str]) -> dict[str, bytes]:
 def _check_salt(salt: bytes) -> None:
     if len(salt) != SALT_BYTES:
         raise FormatError(f"salt: expected {SALT_BYTES} bytes, got {len(salt)}", code="salts.field")
-
-
-def _to_map(value: Any) -> dict[str, object]:
-    return {
-        field.name: _to_map(item) if field.name in _NESTED and item is not None else item
-        for field in fields(value)
-        for item in (getattr(value, field.name),)
-    }
-
-
-def _from_map(cls: type[Any], value: object) -> Any:
-    """Build a record from a decoded map, checking every field by its annotation."""
-    names = [field.name for field in fields(cls)]
-    if not isinstance(value, dict) or value.keys() != set(names):
-        raise FormatError(f"record: expected exactly the fields of {cls.__name__}", code="record.field")
-    built = {field.name: _field(field.name, str(field.type), value[field.name]) for field in fields(cls)}
-    if cls in _REASONS and built[_REASONS[cls][0]] not in _REASONS[cls][1]:
-        raise _wrong(_REASONS[cls][0], f"one of {_REASONS[cls][1]}")
-    return cls(**built)
-
-
-def _field(name: str, annotation: str, value: Any) -> Any:
-    if value is None and name in _OPTIONAL:
-        return None
-    kind = annotation.removesuffix(" | None")
-    if name in _NESTED:
-        return _from_map(_NESTED[name], value)
-    if kind == "bytes":
-        if not isinstance(value, bytes) or len(value) != _LENGTHS.get(name, 32):
-            raise _wrong(name, f"{_LENGTHS.get(name, 32)} bytes")
-    elif kind == "int":
-        if not _is_int(value, _LIMITS.get(name, (1 << 63) - 1)):
-            raise _wrong(name, "an unsigned integer in range")
-    elif kind == "bool":
-        if not isinstance(value, bool):
-            raise _wrong(name, "true or false")
-    elif kind == "float":
-        if not isinstance(value, float):
-            raise _wrong(name, "a number")
-    elif kind == "str":
-        if not _is_text(value) or value not in _CHOICES.get(name, (value,)):
-            raise _wrong(name, "text")
-    else:
-        return _sequence(name, kind, value)
-    return value
-
-
-def _sequence(name: str, kind: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple) or len(value) > _MAX_ITEMS:
-        raise _wrong(name, f"at most {_MAX_ITEMS} items")
-    if kind == "tuple[str, ...]":
-        good = all(map(_is_text, value))
-    elif kind == "tuple[int, ...]":
-        good = all(_is_int(item, MAX_TOKENS) for item in value)
-    else:  # logit_bias
-        good = all(
-            isinstance(item, list | tuple)
-            and len(item) == 2
-            and _is_int(item[0], MAX_TOKENS)
-            and type(item[1]) is float
-            for item in value
-        )
-        value = [tuple(item) for item in value] if good else value
-        good = good and all(a[0] < b[0] for a, b in pairwise(value))
-    if not good:
-        raise _wrong(name, kind)
-    return tuple(value)
-
-
-def _is_int(value: object, limit: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= limit
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _MAX_TEXT
-
-
-def _wrong(name: str, expected: str) -> FormatError:
-    return FormatError(f"record.{name}: expected {expected}", code="record.field")
