@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -36,6 +37,21 @@ def until_killed(directory: Path) -> None:
         thread.join()
 
 
+def nursery() -> None:
+    """For each directory named on stdin: a forked child appends there until the next line, when it is killed.
+
+    One interpreter for many kills; it has no threads of its own when it forks.
+    """
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            until_killed(Path(line.strip()))
+        sys.stdin.readline()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        tell("killed")
+
+
 def until_full(directory: Path) -> None:
     """Files may not grow beyond 5 MiB: one chunk of the journal fits, a second does not."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
@@ -58,4 +74,7 @@ def until_full(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"killed": until_killed, "full": until_full}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "nursery":
+        nursery()
+    else:
+        until_full(Path(sys.argv[2]))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +21,21 @@ from countermark_appliance.records.journal import Frame
 WORKER = Path(__file__).with_name("log_worker.py")
 
 
-def worker(mode: str, directory: Path) -> subprocess.Popen[bytes]:
+def worker(*arguments: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(WORKER), mode, str(directory)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    command = [sys.executable, str(WORKER), *arguments]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
 
 
-def told(output: bytes) -> list[list[str]]:
-    """The complete lines only: a line cut by the kill was not an acknowledgement anyone saw."""
-    return [line.split() for line in output.decode().splitlines(keepends=True) if line.endswith("\n")]
+@pytest.fixture
+def nursery() -> Iterator[subprocess.Popen[bytes]]:
+    with worker("nursery") as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(timeout=20)
 
 
 def log_hashes(path: Path) -> list[bytes]:
@@ -36,15 +43,18 @@ def log_hashes(path: Path) -> list[bytes]:
     return [leaf_hash(leaf) for frame in frames for leaf in frame.leaves]
 
 
-def kill_and_check(directory: Path, draw: random.Random) -> int:
-    process = worker("killed", directory)
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    assert first.startswith(b"ready"), process.communicate()
+def kill_and_check(nursery: subprocess.Popen[bytes], directory: Path, draw: random.Random) -> int:
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    nursery.stdin.write(f"{directory}\n".encode())
+    nursery.stdin.flush()
+    ready = nursery.stdout.readline().split()
+    assert ready[0] == b"ready"
     time.sleep(draw.uniform(0.0, 0.12))
-    process.kill()
-    lines = told(process.communicate()[0])
-    boot = first.split()[1].decode()
+    nursery.stdin.write(b"kill\n")
+    nursery.stdin.flush()
+    lines = [line.decode().split() for line in iter(nursery.stdout.readline, b"killed\n")]
+    boot = ready[1].decode()
 
     recorder = open_recorder(directory)  # verifies what the killed process left, and ends its open INTENTs
     previous = recorder.epoch.previous
@@ -76,16 +86,16 @@ def crashed_leaves(recorder: object) -> list[bytes]:
     return [leaf.intent_leaf or b"" for leaf in leaves if leaf.kind is Kind.CRASHED]
 
 
-def test_kill_at_any_instant_loses_nothing(tmp_path: Path) -> None:
+def test_kill_at_any_instant_loses_nothing(nursery: subprocess.Popen[bytes], tmp_path: Path) -> None:
     draw = random.Random(20260)
-    assert sum(kill_and_check(tmp_path, draw) for _ in range(10)) > 50
+    assert sum(kill_and_check(nursery, tmp_path, draw) for _ in range(10)) > 50
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path: Path) -> None:
+def test_two_hundred_kills(nursery: subprocess.Popen[bytes], tmp_path: Path) -> None:
     draw = random.Random(20261)
     for i in range(200):
-        kill_and_check(tmp_path / str(i // 20), draw)  # a chain of 40 boots in each directory
+        kill_and_check(nursery, tmp_path / str(i // 20), draw)  # a chain of 40 boots in each directory
 
 
 def test_what_is_acknowledged_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +136,8 @@ def test_the_start_syncs_names_before_it_returns(tmp_path: Path, monkeypatch: py
 
 
 def test_a_full_disk_refuses_what_is_new_and_ends_what_was_begun(tmp_path: Path) -> None:
-    output, errors = worker("full", tmp_path).communicate(timeout=60)
-    lines = told(output)
+    output, errors = worker("full", str(tmp_path)).communicate(timeout=60)
+    lines = [line.split() for line in output.decode().splitlines()]
     assert not errors, errors
     acknowledged = [line for line in lines if line[0] == "ack"]
     assert [line for line in lines if line[0] == "refused"] == [["refused", "log.full"]] * 2
