@@ -228,11 +228,39 @@ def test_a_client_that_stops_reading_stalls_only_itself(identity: Identity) -> N
     nodes.close()
 
 
-def raw_client(node: Node) -> tuple[SSL.Connection, socket.socket]:
+def test_a_client_that_takes_nothing_from_tcp_is_cut_off(identity: Identity) -> None:
+    def flood() -> None:
+        sock, _ = upstream.accept()
+        try:
+            while True:
+                sock.sendall(bytes(1 << 20))
+        except OSError:
+            sock.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as upstream:
+        threading.Thread(target=flood, daemon=True).start()
+        connections = Connections()
+        front_end = FrontEnd.start(
+            host="127.0.0.1",
+            port=0,
+            private_key=identity.key,
+            certificate=identity.certificate,
+            upstream_port=upstream.getsockname()[1],
+            connections=connections,
+            limits=Limits(stall_s=1),
+        )
+        _, sock = raw_client(front_end.port)
+        wait_until(lambda: len(connections) == 1)
+        wait_until(lambda: len(connections) == 0)
+        sock.close()
+        front_end.close()
+
+
+def raw_client(port: int) -> tuple[SSL.Connection, socket.socket]:
     """A TLS client without HTTP/2 manners."""
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_alpn_protos([b"h2"])
-    sock = socket.create_connection(("127.0.0.1", node.front_end.port))
+    sock = socket.create_connection(("127.0.0.1", port))
     connection = SSL.Connection(context, sock)
     connection.set_connect_state()
     connection.do_handshake()
@@ -242,8 +270,8 @@ def raw_client(node: Node) -> tuple[SSL.Connection, socket.socket]:
 def test_idle_connections_and_too_many_are_closed(identity: Identity) -> None:
     nodes = start_node(identity, Limits(connections=2, idle_s=1, handshake_s=5, stall_s=5))
     node = next(nodes)
-    _, first = raw_client(node)
-    _, second = raw_client(node)
+    _, first = raw_client(node.front_end.port)
+    _, second = raw_client(node.front_end.port)
     wait_until(lambda: len(node.connections) == 2)
     with socket.create_connection(("127.0.0.1", node.front_end.port)) as third:
         third.settimeout(3)
@@ -261,7 +289,7 @@ def test_silence_holds_no_place(identity: Identity) -> None:
     """All places taken by clients that say nothing: one in its handshake, one after it; two that talk get in."""
     nodes = start_node(identity, Limits(connections=2, quiet_s=0))
     node = next(nodes)
-    _, quiet = raw_client(node)
+    _, quiet = raw_client(node.front_end.port)
     wait_until(lambda: len(node.connections) == 1)
     with socket.create_connection(("127.0.0.1", node.front_end.port)):
         first = Channel.open(node.address)
@@ -298,7 +326,7 @@ def is_running(pid: int) -> bool:
 
 def test_bytes_that_are_not_http2_reach_no_handler(node: Node) -> None:
     before = len(node.echo.peers)
-    connection, sock = raw_client(node)
+    connection, sock = raw_client(node.front_end.port)
     connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     try:
         while connection.recv(1000):
