@@ -1,23 +1,23 @@
 """Step 7: the quote's 64 bytes of report_data are about this verifier's challenge, this connection, these keys.
 
-Rule (formats.report_data): report_data = SHA-512("countermark/attest/v1" || claims). In a session the claims are
-rebuilt with what we know ourselves (our nonce, our TLS exporter, the key the peer showed), so nothing the peer says
-about them counts. Offline (7b) nonce and exporter are assertions of whoever made the bundle; only the hash is checked.
-Then every claim that was also measured must agree with RTMR3, and the keys handed over must be the claimed ones. Not
-checked here: whether the values are acceptable (policy), and the GPU digest (`gpu.appraise`).
+Rule (formats.report_data): report_data = SHA-512("countermark/attest/v1" || claims). In a session every claim we know
+ourselves (our nonce, our TLS exporter, the key the peer showed) must be ours; together with the hash that is the same
+as rebuilding the claims from our own values, and the claims we keep are the hashed ones. Offline (7b) nonce, exporter
+and key are assertions of whoever made the bundle; only the hash is checked. Then every claim that was also measured
+must agree with RTMR3, and the keys handed over must be the claimed ones.
+Not checked here: whether the values are acceptable (policy), and the GPU digest (`gpu.appraise`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from countermark import keys
 from countermark.errors import ChannelError, MeasurementError
 from countermark.formats.boot_events import BootEvents
 from countermark.formats.evidence import Evidence
-from countermark.formats.report_data import Claims, Purpose, encode_claims, keys_digest, report_data
+from countermark.formats.report_data import Claims, Purpose, keys_digest, report_data
 from countermark.keys import PublicKey
 
 
@@ -38,17 +38,17 @@ def verify_binding(evidence: Evidence, claims: Claims, quoted: bytes, connection
     Raises `MeasurementError` `claims.report_data`, or `ChannelError`: `claims.purpose`, `claims.nonce`,
     `claims.exporter`, `claims.tls_spki`.
     """
-    ours: dict[str, Any] = {"purpose": Purpose.SESSION}
+    hashed = report_data(evidence.claims)
+    if hashed != quoted:
+        message = f"report_data: expected {hashed.hex()} for these claims, got {quoted.hex()}"
+        raise MeasurementError(message, code="claims.report_data")
+    ours: dict[str, bytes | Purpose] = {"purpose": Purpose.SESSION}
     if connection is not None:
         ours |= {"nonce": connection.nonce, "exporter": connection.exporter, "tls_spki": connection.peer_spki}
-    if report_data(encode_claims(replace(claims, **ours))) == quoted:
-        return
-    if report_data(evidence.claims) != quoted:
-        message = f"report_data: expected {report_data(evidence.claims).hex()} for these claims, got {quoted.hex()}"
-        raise MeasurementError(message, code="claims.report_data")
-    name = next(name for name, value in ours.items() if getattr(claims, name) != value)
-    expected, got = _text(ours[name]), _text(getattr(claims, name))
-    raise ChannelError(f"{name}: expected {expected}, got {got}", code=f"claims.{name}")
+    for name, wanted in ours.items():
+        got = getattr(claims, name)
+        if got != wanted:
+            raise ChannelError(f"{name}: expected {_text(wanted)}, got {_text(got)}", code=f"claims.{name}")
 
 
 def _text(value: bytes | Purpose | None) -> str:

@@ -185,7 +185,7 @@ def test_arbitrary_bytes_give_a_policy_error(data: bytes) -> None:
     assert code_of(data)[0].startswith("policy.")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_a_changed_character_gives_a_policy_or_a_policy_error(data: st.DataObject) -> None:
     text = encode_policy(new_policy(Profile.DEVELOPMENT, now=NOW))
