@@ -5,75 +5,84 @@
 #define PV_TOKENS 1024 /* |n * v| <= 16256 * 127, so 1024 of them stay under 2^31 */
 #define P_MAX 16256.0f
 
-/* acc[r][d] = sum over `pairs` token pairs of n[r][2 pairs] * v[pairs][d][2], columns first..first + 32. */
+/* acc[r][0..PV_COLUMNS] = sum over `pairs` token pairs of n[r][2 pairs] * v[pairs][d][2]; up to PV_ROWS rows. */
 #if defined(__AVX512VNNI__)
+#define PV_ROWS 6
+#define PV_COLUMNS 32
 static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v,
                                                           int64_t pairs, int64_t d, int32_t *acc) {
-    __m512i sum[4][2];
+    __m512i sum[PV_ROWS][2];
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++)
-            sum[r][j] = _mm512_setzero_si512();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512i columns[2];
-        for (int j = 0; j < 2; j++)
-            columns[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(v + p * 2 * d + j * 32)));
+        sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+    for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
+        const __m512i v0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)v));
+        const __m512i v1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(v + 32)));
         for (int r = 0; r < R; r++) {
             int32_t pair;
             memcpy(&pair, n + r * ldn + 2 * p, 4);
-            for (int j = 0; j < 2; j++)
-                sum[r][j] = _mm512_dpwssd_epi32(sum[r][j], _mm512_set1_epi32(pair), columns[j]);
+            sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], _mm512_set1_epi32(pair), v0);
+            sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], _mm512_set1_epi32(pair), v1);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 2; j++)
-            _mm512_storeu_si512(acc + r * d + j * 16, sum[r][j]);
+    for (int r = 0; r < R; r++) {
+        _mm512_storeu_si512(acc + r * d, sum[r][0]);
+        _mm512_storeu_si512(acc + r * d + 16, sum[r][1]);
+    }
 }
 #elif defined(__AVX2__)
+#define PV_ROWS 6
+#define PV_COLUMNS 16
 static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v,
                                                           int64_t pairs, int64_t d, int32_t *acc) {
-    __m256i sum[3][4];
+    __m256i sum[PV_ROWS][2];
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < 4; j++)
-            sum[r][j] = _mm256_setzero_si256();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m256i columns[4];
-        for (int j = 0; j < 4; j++)
-            columns[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + p * 2 * d + j * 16)));
+        sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
+        const __m256i v0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)v));
+        const __m256i v1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + 16)));
         for (int r = 0; r < R; r++) {
             int32_t pair;
             memcpy(&pair, n + r * ldn + 2 * p, 4);
-            for (int j = 0; j < 4; j++)
-                sum[r][j] = _mm256_add_epi32(sum[r][j], _mm256_madd_epi16(columns[j], _mm256_set1_epi32(pair)));
+            sum[r][0] = madd(sum[r][0], v0, _mm256_set1_epi32(pair));
+            sum[r][1] = madd(sum[r][1], v1, _mm256_set1_epi32(pair));
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 4; j++)
-            _mm256_storeu_si256((__m256i *)(acc + r * d + j * 8), sum[r][j]);
+    for (int r = 0; r < R; r++) {
+        _mm256_storeu_si256((__m256i *)(acc + r * d), sum[r][0]);
+        _mm256_storeu_si256((__m256i *)(acc + r * d + 8), sum[r][1]);
+    }
 }
 #else
+#define PV_ROWS 6
+#define PV_COLUMNS 16
 static inline void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v, int64_t pairs, int64_t d,
                            int32_t *acc) {
     for (int r = 0; r < R; r++) {
-        int32_t sum[32] = {0};
+        int32_t sum[PV_COLUMNS] = {0};
         for (int64_t p = 0; p < pairs; p++)
-            for (int j = 0; j < 32; j++)
+            for (int j = 0; j < PV_COLUMNS; j++)
                 sum[j] += n[r * ldn + 2 * p] * v[p * 2 * d + 2 * j] + n[r * ldn + 2 * p + 1] * v[p * 2 * d + 2 * j + 1];
         memcpy(acc + r * d, sum, sizeof sum);
     }
 }
 #endif
 
-static inline void pv_product(const int16_t *n, int64_t ldn, int64_t rows, const int8_t *v, int64_t tokens, int64_t d,
-                              int32_t *acc) {
-    for (int64_t column = 0; column < d; column += 32) {
-        int64_t r = 0;
-        for (; r + 3 <= rows; r += 3)
-            pv_tile(3, n + r * ldn, ldn, v + column * 2, tokens / 2, d, acc + r * d + column);
-        if (rows - r == 2)
-            pv_tile(2, n + r * ldn, ldn, v + column * 2, tokens / 2, d, acc + r * d + column);
-        else if (rows - r == 1)
-            pv_tile(1, n + r * ldn, ldn, v + column * 2, tokens / 2, d, acc + r * d + column);
-    }
+static NOINLINE void pv_product(const int16_t *n, int64_t ldn, int64_t rows, const int8_t *v, int64_t tokens, int64_t d,
+                                int32_t *acc) {
+    for (int64_t column = 0; column < d; column += PV_COLUMNS)
+        for (int64_t r = 0; r < rows; r += PV_ROWS) {
+            const int16_t *from = n + r * ldn;
+            const int8_t *columns = v + column * 2;
+            int32_t *to = acc + r * d + column;
+            switch (rows - r < PV_ROWS ? rows - r : PV_ROWS) {
+            case 6: pv_tile(6, from, ldn, columns, tokens / 2, d, to); break;
+            case 5: pv_tile(5, from, ldn, columns, tokens / 2, d, to); break;
+            case 4: pv_tile(4, from, ldn, columns, tokens / 2, d, to); break;
+            case 3: pv_tile(3, from, ldn, columns, tokens / 2, d, to); break;
+            case 2: pv_tile(2, from, ldn, columns, tokens / 2, d, to); break;
+            default: pv_tile(1, from, ldn, columns, tokens / 2, d, to); break;
+            }
+        }
 }
 
 struct row_maxima {
@@ -82,7 +91,7 @@ struct row_maxima {
 };
 
 /* Pass 1 over one row: S (int32) becomes s (binary32) in place. `lambda`: per token, as binary32. */
-static inline struct row_maxima score_pass(int32_t *row, int64_t tokens, float c, const float *s_k,
+static NOINLINE struct row_maxima score_pass(int32_t *row, int64_t tokens, float c, const float *s_k,
                                            const float *lambda) {
     const f8 factor = f8_set(c), lowest = f8_set(-FLT_MAX);
     const i8x mask = i8_set(MAGNITUDE_BITS);
@@ -107,7 +116,7 @@ static inline struct row_maxima score_pass(int32_t *row, int64_t tokens, float c
 }
 
 /* Pass 2 over one row: the weights n, zero from `tokens` to `padded`, and D. */
-static inline int64_t weight_pass(const float *s, int64_t tokens, int64_t padded, float m, float g, const float *s_v,
+static NOINLINE int64_t weight_pass(const float *s, int64_t tokens, int64_t padded, float m, float g, const float *s_v,
                                   int16_t *n) {
     const f8 top = f8_set(m), gain = f8_set(g), limit = f8_set(P_MAX);
     i8x sum = i8_set(0); /* a lane adds at most 133144 / 8 terms of 65536 */
@@ -166,9 +175,9 @@ static void attend_tile(void *arg, int64_t index) {
 
     for (int64_t r = 0; r < rows; r++)
         pack_row(job->q + ((item->first + r / group) * job->heads + item->kv_head * group + r % group) * d, d, d / 4,
-                 a + r * d);
+                 rows, r, a);
     for (int64_t t = 0; t < padded; t += PANEL)
-        gemm_panel(a, d, rows, k + t * d, d / 4, NULL, scores + t, padded);
+        gemm_panel(a, rows, k + t * d, d / 4, NULL, scores + t, padded);
     for (int64_t t = 0; t < padded; t += LANES)
         f8_store(lambda + t, f8_convert(ceil_exponent8(f8_load(s_v + t))));
 

@@ -41,8 +41,8 @@ static void linear_item(void *arg, int64_t item) {
     const int64_t last = first + job->panels_per_item < job->panels ? first + job->panels_per_item : job->panels;
     int32_t total[ROW_BLOCK * PANEL];
     for (int64_t p = first; p < last; p++) {
-        gemm_panel(job->a + first_row * job->k4 * 4, job->k4 * 4, rows, w->packed + p * job->k4 * 64, job->k4,
-                   w->sums + p * PANEL, total, PANEL);
+        gemm_panel(job->a + first_row * job->k4 * 4, rows, w->packed + p * job->k4 * 64, job->k4, w->sums + p * PANEL,
+                   total, PANEL);
         const int64_t width = w->n - p * PANEL < PANEL ? w->n - p * PANEL : PANEL;
         for (int64_t r = 0; r < rows; r++)
             scale_row(job, total + r * PANEL, first_row + r, p * PANEL, width);
@@ -58,8 +58,11 @@ struct pack_job {
 static void pack_item(void *arg, int64_t item) {
     struct pack_job *job = arg;
     int64_t end = (item + 1) * job->per_item < job->rows ? (item + 1) * job->per_item : job->rows;
-    for (int64_t r = item * job->per_item; r < end; r++)
-        pack_row(job->q + r * job->k, job->k, job->k4, job->a + r * job->k4 * 4);
+    for (int64_t r = item * job->per_item; r < end; r++) {
+        const int64_t first = r / ROW_BLOCK * ROW_BLOCK;
+        const int64_t rows = job->rows - first < ROW_BLOCK ? job->rows - first : ROW_BLOCK;
+        pack_row(job->q + r * job->k, job->k, job->k4, rows, r - first, job->a + first * job->k4 * 4);
+    }
 }
 
 static int linear(const struct cm_weight *w, const int8_t *q, const float *s, int64_t rows, const float *bias,
