@@ -90,7 +90,7 @@ def _weights_build(args: argparse.Namespace) -> dict[str, object]:
     return {
         "dir": str(args.out),
         "model": built.config.name,
-        "profile": weights.PROFILE,
+        "profile": built.config.profile,
         "weights_root": built.weights_root.hex(),
         "manifest_blake3": built.manifest_digest.hex(),
     }
