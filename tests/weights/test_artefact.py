@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from countermark.errors import WeightsError
 from countermark_appliance.engine.weights import DamagedBlock, build, fold, load, parallel, tensor_specs, verify, verity
 from countermark_appliance.engine.weights.fold import Folder
 from countermark_appliance.engine.weights.folder import FolderSource
-from countermark_appliance.engine.weights.pack import read_members
+from countermark_appliance.engine.weights.pack import Packer, read_members
 from countermark_appliance.engine.weights.quantise import quantise_rows
 from countermark_appliance.engine.weights.ropetable import angles
 
@@ -261,6 +265,46 @@ def floats(*values: float) -> Callable[[bytes], bytes]:
     return lambda old: torch.tensor(values).numpy().tobytes() + old[4 * len(values) :]
 
 
+Members = list[tuple[str, bytes]]
+
+
+def swap(members: Members) -> None:
+    members[5], members[6] = members[6], members[5]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda members: members.append(members[-1]),  # the same name and content twice
+        lambda members: members.append(("tensors/head.scale.f32", b"other")),
+        lambda members: members.append(("extra", b"")),
+        lambda members: members.insert(0, ("extra", b"")),
+        lambda members: members.pop(),
+        lambda members: members.pop(0),
+        lambda members: members.pop(2),
+        swap,
+        lambda members: members.__setitem__(-1, (members[-1][0], members[-1][1] + bytes(4))),
+        lambda members: members.clear(),
+    ],
+)
+def test_repacked_members_are_refused(change: Callable[[Members], object], good: Path, copy: Path) -> None:
+    image = (good / "weights.img").read_bytes()
+    members = [(m.name, image[m.offset : m.offset + m.size_bytes]) for m in read_members(memoryview(image))]
+    change(members)
+    path = copy / "weights.img"
+    with Packer(path) as packer:
+        for name, data in members:
+            packer.digests.clear()  # the writer would not write a name twice
+            packer.begin(name, len(data))
+            if data:
+                packer.write(data)
+        packer.close()
+    with path.open("ab") as file:
+        file.write(bytes(4096 if not members else 0))
+    root = forge(copy, lambda _: None)
+    assert refusal(copy, expected_root=root).code in ("weights.members", "weights.image")
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -318,6 +362,36 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"layers\.1\.down") as caught:
         build(tmp_path / "tiny", tmp_path / "out")
     assert caught.value.code == "weights.not_finite"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Packer, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Packer, "write", full)
+    with pytest.raises(WeightsError) as caught:
+        build(source, tmp_path / "out")
+    assert caught.value.code == "weights.no_space"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_made(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(WeightsError) as caught:
+        build(source, tmp_path / "file" / "out")
+    assert caught.value.code == "weights.io"
+
+
+def test_same_bits_without_vector_instructions(source: Path, good: Path, tmp_path: Path) -> None:
+    """Another processor, as far as one machine can show it: torch's plain C++ paths instead of its AVX2 ones."""
+    call = (
+        "import sys; from pathlib import Path; import torch; from countermark_appliance.engine.weights import build;"
+        "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'; build(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", call, str(source), str(tmp_path)], check=True, env=environment)
+    assert all((tmp_path / name).read_bytes() == (good / name).read_bytes() for name in FILES)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:

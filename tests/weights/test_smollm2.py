@@ -48,8 +48,8 @@ def unrotated(rows: torch.Tensor, artefact: Artefact) -> torch.Tensor:
 
 
 def test_embedding_turns_back_into_the_file_s(artefact: Artefact) -> None:
-    expected = matrix("token_embd.weight")
-    found = unrotated(artefact.tensor("embed"), artefact)
+    expected = matrix("token_embd.weight")[:2000]
+    found = unrotated(artefact.tensor("embed")[:2000], artefact)
     assert float((found - expected).abs().max()) < 1e-6
 
 

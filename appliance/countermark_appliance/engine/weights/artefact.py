@@ -34,6 +34,7 @@ from countermark_appliance.engine.weights import verity
 from countermark_appliance.engine.weights.config import ModelConfig, TensorSpec, tensor_specs
 from countermark_appliance.engine.weights.modeljson import parse_model
 from countermark_appliance.engine.weights.pack import RECORD, Member, padded, read_header, read_members
+from countermark_appliance.engine.weights.parallel import single_threaded_torch
 from countermark_appliance.engine.weights.strictjson import (
     Json,
     digest,
@@ -146,11 +147,12 @@ def load(
     if verify:
         _check_blocks(image, tree, root, advance)
     # 4
-    members = {member.name: member for member in read_members(image)}
+    listed = read_members(image)
+    members = {member.name: member for member in listed}
     texts = {name: _text(image, members, name) for name in (MANIFEST, *TEXTS)}
     config = parse_model(texts["model.json"])
     specs = tensor_specs(config)
-    _check_members(members, specs)
+    _check_members(listed, specs)
     # 5
     digests = _parse_manifest(texts[MANIFEST], [*TEXTS, *(spec.member for spec in specs)])
     for name, expected in digests.items():
@@ -164,12 +166,12 @@ def load(
     except UnicodeDecodeError as err:
         raise WeightsError("chat_template.jinja: expected UTF-8", code="weights.text") from err
     # 6
-    tensors: dict[str, Tensor] = {}
-    for spec in specs:
-        tensors[spec.name] = _view(image, members[spec.member], spec)
-        if verify:
-            _check_values(tensors[spec.name], spec)
-            advance(spec.size_bytes, "checking tensors")
+    tensors = {spec.name: _view(image, members[spec.member], spec) for spec in specs}
+    if verify:
+        with single_threaded_torch():
+            for spec in specs:
+                _check_values(tensors[spec.name], spec)
+                advance(spec.size_bytes, "checking tensors")
     advance(total, "done")
     return Artefact(
         config=config,
@@ -263,17 +265,19 @@ def _data(image: memoryview, member: Member) -> memoryview:
     return image[member.offset : member.offset + member.size_bytes]
 
 
-def _check_members(members: dict[str, Member], specs: tuple[TensorSpec, ...]) -> None:
+def _check_members(listed: list[Member], specs: tuple[TensorSpec, ...]) -> None:
+    """The members must be exactly these, in this order, each once; a list, because a dict would hide a second copy."""
     expected = [MANIFEST, *TEXTS, *(spec.member for spec in specs)]
-    for found, name in zip(members, expected, strict=False):
-        if found != name:
-            raise WeightsError(f"image: expected member {name}, got {found}", code="weights.members")
-    if len(members) != len(expected):
-        raise WeightsError(f"image: expected {len(expected)} members, got {len(members)}", code="weights.members")
-    for spec in specs:
-        size = members[spec.member].size_bytes
-        if size != spec.size_bytes:
-            raise WeightsError(f"{spec.member}: expected {spec.size_bytes} bytes, got {size}", code="weights.members")
+    for found, name in zip(listed, expected, strict=False):
+        if found.name != name:
+            raise WeightsError(f"image: expected member {name}, got {found.name}", code="weights.members")
+    if len(listed) != len(expected):
+        raise WeightsError(f"image: expected {len(expected)} members, got {len(listed)}", code="weights.members")
+    for member, spec in zip(listed[1 + len(TEXTS) :], specs, strict=True):
+        if member.size_bytes != spec.size_bytes:
+            raise WeightsError(
+                f"{spec.member}: expected {spec.size_bytes} bytes, got {member.size_bytes}", code="weights.members"
+            )
 
 
 def _parse_manifest(data: bytes, names: list[str]) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ The build trusts the checkpoint's numbers, never its shape: whatever the profile
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights import verity
-from countermark_appliance.engine.weights.artefact import IMAGE, MANIFEST, SIDECAR, TREE, encode_sidecar
+from countermark_appliance.engine.weights.artefact import IMAGE, MANIFEST, MAX_TEXT_BYTES, SIDECAR, TREE, encode_sidecar
 from countermark_appliance.engine.weights.config import ModelConfig, tensor_specs
 from countermark_appliance.engine.weights.fold import Folder, Jobs
 from countermark_appliance.engine.weights.folder import FolderSource
 from countermark_appliance.engine.weights.ggufsource import GgufSource
 from countermark_appliance.engine.weights.modeljson import encode_model
-from countermark_appliance.engine.weights.pack import Packer, image_bytes
+from countermark_appliance.engine.weights.pack import MAX_MEMBER_BYTES, Packer, image_bytes
 from countermark_appliance.engine.weights.parallel import ordered, single_threaded_torch
 from countermark_appliance.engine.weights.quantise import quantise_rows
 from countermark_appliance.engine.weights.ropetable import table_rows
@@ -76,50 +77,38 @@ def build(
 
     `name`: the model's name, by default the source's. `context`: positions in the RoPE table, by default the model's.
     `progress(done_bytes, total_bytes, label)` is called often. Raises `WeightsError` for what the profile cannot run,
-    a malformed checkpoint, or too little room (`weights.no_space`).
+    a malformed checkpoint, too little room (`weights.no_space`) or a failing disk (`weights.io`); nothing is left then.
     """
+    parts = {final: out_dir / f"{final}.partial" for final in (IMAGE, TREE, SIDECAR)}
+    try:
+        return _build(source, parts, name=name, context=context, progress=progress)
+    except OSError as err:
+        code = "weights.no_space" if err.errno == errno.ENOSPC else "weights.io"
+        raise WeightsError(f"{err.filename or out_dir}: {err.strerror}", code=code) from err
+    finally:
+        for part in parts.values():
+            if part.exists():
+                part.unlink()
+
+
+def _build(
+    source: Path, parts: dict[str, Path], *, name: str | None, context: int | None, progress: ProgressCallback | None
+) -> Built:
     checkpoint = open_source(source)
     config = checkpoint.config(name=name or checkpoint.name, sha256=bytes(32), context=context)
     _check_tokenizer(checkpoint, config)
-    specs = tensor_specs(config)
-    template = checkpoint.chat_template.encode("utf-8")
-    texts = {"chat_template.jinja": template, "model.json": encode_model(config), "tokenizer.json": b""}
-    texts["tokenizer.json"] = checkpoint.tokenizer_json
-    names = [*texts, *(spec.member for spec in specs)]
-    manifest_bytes = sum(_MANIFEST_LINE_BYTES + len(name) for name in names)
-    sizes = [manifest_bytes, *map(len, texts.values()), *(spec.size_bytes for spec in specs)]
-    total = image_bytes(sizes)
-    source_bytes = sum(path.stat().st_size for path in checkpoint.files)
-    meter = _Meter(progress, source_bytes + 2 * total)
+    layout = _Layout(checkpoint, config)
+    meter = _Meter(progress, sum(path.stat().st_size for path in checkpoint.files) + 2 * layout.total_bytes)
 
+    out_dir = parts[IMAGE].parent
     out_dir.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(out_dir).free < total + total // 64:
-        raise WeightsError(f"{out_dir.name}: expected room for {total} bytes", code="weights.no_space")
+    if shutil.disk_usage(out_dir).free < layout.total_bytes + layout.total_bytes // 64:
+        raise WeightsError(f"{out_dir.name}: expected room for {layout.total_bytes} bytes", code="weights.no_space")
     sha256 = _source_digest(checkpoint.files, meter)
     config = replace(config, source=replace(config.source, sha256=sha256))
-    texts["model.json"] = encode_model(config)
 
-    parts = {name: out_dir / f"{name}.partial" for name in (IMAGE, TREE, SIDECAR)}
-    with single_threaded_torch(), Packer(parts[IMAGE]) as packer:
-        manifest_offset = packer.begin(MANIFEST, manifest_bytes)
-        packer.write(bytes(manifest_bytes))
-        for member, text in texts.items():
-            packer.begin(member, len(text))
-            if text:
-                packer.write(text)
-        for spec, (tensor, blocks) in zip(specs, _tensors(Folder(checkpoint, config), config), strict=True):
-            assert tensor == spec.name
-            packer.begin(spec.member, spec.size_bytes)
-            for block in blocks:
-                assert block.dtype == _DTYPES[spec.dtype] and block.shape[1:] == spec.shape[1:]
-                packer.write(block.contiguous().numpy().data.cast("B"))
-                meter.advance(block.nbytes, spec.name)
-        digests = {name: packer.digests[name] for name in names}
-        manifest = "".join(f"{digest.hex()}  {name}\n" for name, digest in digests.items()).encode("ascii")
-        packer.rewrite(manifest_offset, manifest)
-        written = packer.close()
-    assert written == total
-
+    with single_threaded_torch():
+        manifest = _write_image(parts[IMAGE], checkpoint, config, layout, meter)
     root, tree = _hash_image(parts[IMAGE], meter)
     parts[TREE].write_bytes(tree)
     built = Built(
@@ -127,16 +116,63 @@ def build(
         config=config,
         weights_root=root,
         manifest_digest=blake3(manifest).digest(),
-        image_bytes=total,
+        image_bytes=layout.total_bytes,
     )
+    blocks = layout.total_bytes // verity.BLOCK
     parts[SIDECAR].write_bytes(
-        encode_sidecar(config, root=root, data_blocks=total // verity.BLOCK, manifest_digest=built.manifest_digest)
+        encode_sidecar(config, root=root, data_blocks=blocks, manifest_digest=built.manifest_digest)
     )
     for final, part in parts.items():
         _sync(part)
         part.replace(out_dir / final)
     meter.finish()
     return built
+
+
+class _Layout:
+    """Sizes of everything in the image, known before anything is computed."""
+
+    def __init__(self, source: Source, config: ModelConfig) -> None:
+        try:
+            template = source.chat_template.encode("utf-8")
+        except UnicodeEncodeError as err:
+            raise WeightsError("chat_template: expected text that is UTF-8", code="weights.text") from err
+        model = encode_model(config)  # the digest still to come has a fixed length
+        self.texts = {"chat_template.jinja": template, "model.json": model, "tokenizer.json": source.tokenizer_json}
+        for name, text in self.texts.items():
+            if len(text) > MAX_TEXT_BYTES:
+                raise WeightsError(f"{name}: expected at most {MAX_TEXT_BYTES} bytes", code="weights.text")
+        self.specs = tensor_specs(config)
+        self.names = [*self.texts, *(spec.member for spec in self.specs)]
+        self.manifest_bytes = sum(_MANIFEST_LINE_BYTES + len(name) for name in self.names)
+        sizes = [self.manifest_bytes, *map(len, self.texts.values()), *(spec.size_bytes for spec in self.specs)]
+        if max(sizes) > MAX_MEMBER_BYTES:
+            raise WeightsError(f"tensors: expected at most {MAX_MEMBER_BYTES} bytes", code="weights.unsupported_width")
+        self.total_bytes = image_bytes(sizes)
+
+
+def _write_image(path: Path, source: Source, config: ModelConfig, layout: _Layout, meter: _Meter) -> bytes:
+    """Write the image front to back; returns the manifest."""
+    with Packer(path) as packer:
+        manifest_offset = packer.begin(MANIFEST, layout.manifest_bytes)
+        packer.write(bytes(layout.manifest_bytes))
+        for member, text in (layout.texts | {"model.json": encode_model(config)}).items():
+            packer.begin(member, len(text))
+            if text:
+                packer.write(text)
+        for spec, (tensor, blocks) in zip(layout.specs, _tensors(Folder(source, config), config), strict=True):
+            assert tensor == spec.name
+            packer.begin(spec.member, spec.size_bytes)
+            for block in blocks:
+                assert block.dtype == _DTYPES[spec.dtype] and block.shape[1:] == spec.shape[1:]
+                packer.write(block.contiguous().numpy().data.cast("B"))
+                meter.advance(block.nbytes, spec.name)
+        lines = [f"{packer.digests[name].hex()}  {name}\n" for name in layout.names]
+        manifest = "".join(lines).encode("ascii")
+        packer.rewrite(manifest_offset, manifest)
+        written = packer.close()
+    assert written == layout.total_bytes
+    return manifest
 
 
 def _tensors(fold: Folder, config: ModelConfig) -> Iterator[tuple[str, Iterable[Tensor]]]:

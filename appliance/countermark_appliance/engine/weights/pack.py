@@ -21,7 +21,7 @@ from countermark.errors import WeightsError
 RECORD = 512
 BLOCK = 4096
 MAX_MEMBERS = 65_536
-_MAX_MEMBER_BYTES = 8**11 - 1
+MAX_MEMBER_BYTES = 8**11 - 1
 _NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.]*(?:/[A-Za-z0-9_][A-Za-z0-9_.]*)*")
 
 
@@ -37,7 +37,7 @@ class Member:
 def header(name: str, size_bytes: int) -> bytes:
     """The 512-byte USTAR header of one member."""
     raw = name.encode("ascii")
-    assert len(raw) <= 100 and _NAME.fullmatch(raw) and 0 <= size_bytes <= _MAX_MEMBER_BYTES
+    assert len(raw) <= 100 and _NAME.fullmatch(raw) and 0 <= size_bytes <= MAX_MEMBER_BYTES
     fields = (
         raw.ljust(100, b"\0"),
         b"0000444\0",
