@@ -109,6 +109,10 @@ class FrontEnd:
         ).start()
         return front_end
 
+    def is_alive(self) -> bool:
+        """The process is still there."""
+        return self._process.poll() is None
+
     def drain(self) -> None:
         """Accept no more connections; those that exist go on."""
         with contextlib.suppress(OSError), self._lock:

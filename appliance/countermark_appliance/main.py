@@ -21,6 +21,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from countermark.errors import Unavailable
 from countermark.formats.evidence import parse_evidence
 from countermark.formats.quote import quote_digest
 from countermark.formats.records import EXACT_CLAIMS, EXACT_TIER, Stack
@@ -115,6 +116,8 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
                 service.set_serving()
                 ready({"listening": format_address(config.listen_host, front_end.port), **facts})
                 stop.wait()
+                if not front_end.is_alive():
+                    raise Unavailable("front end: the process ended", code="frontend.exit")
                 _log.info("stopping: no new requests; those that run may finish")
                 front_end.drain()
                 service.stop()

@@ -154,6 +154,14 @@ class Verdict:
         """Intel's advisories that apply to the platform."""
         return self.tdx.advisory_ids
 
+    def __str__(self) -> str:
+        """One line for people: simulated or not comes first."""
+        return (
+            f"{'SIMULATED ' if self.simulated else ''}{self.platform.value}: image {self.image_id.hex()[:16]}, weights"
+            f" {self.weights_root.hex()[:16]}, {self.profile}, TCB {self.tcb_status}, {len(self.gpu)} GPU,"
+            f" boot {self.boot_id.hex()[:16]}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready dict with stable keys; digests in hex. The first key says whether this is simulated."""
         return {

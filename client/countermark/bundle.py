@@ -12,7 +12,6 @@ Not here: what the entries mean (`formats`), and redaction, that is leaving out 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from countermark.errors import BundleError, UsageError
+from countermark.errors import BundleError
+from countermark.files import read_file, write_file
 from countermark.formats import cbor
 from countermark.formats.evidence import MAX_EVIDENCE_BYTES
 from countermark.formats.manifest import MAX_MANIFEST_BYTES
@@ -117,29 +117,14 @@ def parse_bundle(data: bytes) -> Bundle:
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write the file whole and durably, readable by its owner only: it holds the prompt.
 
-    Raises `BundleError` (`bundle.size`), `UsageError` (`bundle.unwritable`).
+    Raises `BundleError` (`bundle.size`), `UsageError` (`usage.file`).
     """
-    data = encode_bundle(bundle)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as err:
-        aside.unlink(missing_ok=True)
-        raise UsageError(f"bundle: {path}: {err.strerror}", code="bundle.unwritable") from err
+    write_file(path, encode_bundle(bundle))
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read and parse the file. Raises `UsageError` (`bundle.unreadable`) and as `parse_bundle`."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BUNDLE_BYTES + 1)
-    except OSError as err:
-        raise UsageError(f"bundle: {path}: {err.strerror}", code="bundle.unreadable") from err
-    return parse_bundle(data)
+    """Read and parse the file. Raises `UsageError` (`usage.file`, `usage.too_long`) and as `parse_bundle`."""
+    return parse_bundle(read_file(path, max_bytes=MAX_BUNDLE_BYTES))
 
 
 def _manifest(entries: Mapping[str, bytes]) -> bytes:

@@ -20,8 +20,8 @@ from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
 from countermark.demo import run_demo
 from countermark.errors import CountermarkError, UsageError
-from countermark.files import load_policy, read_file, write_file
-from countermark.policy import Policy, Profile
+from countermark.files import read_file, write_file
+from countermark.policy import Policy, Profile, load_policy
 from countermark.replay import Mode, load_runner, replay
 from countermark.session import connect
 from countermark.verify import Verification, verify_bundle
@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = _command(commands, "demo", _demo, "the whole path on this machine: SIMULATED platform, real model", json_=True)
+    demo = _command(
+        commands, "demo", _demo, "the whole path on this machine: SIMULATED platform, real model", json_=True
+    )
     demo.add_argument("--dir", type=Path, default=Path("demo-out"), help="where to work (default: %(default)s)")
     demo.add_argument("--prompt", default="What is the capital of France? Answer in one sentence.")
     demo.add_argument("--keep-serving", action="store_true", help="leave the appliance running until Ctrl-C")
@@ -114,8 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     pin = _command(policy, "pin", _policy_pin, "accept the image of a signed measurement manifest")
     pin.add_argument("manifest", type=Path)
     pin.add_argument("--policy", type=Path, required=True, help="the policy file to change")
-    pin.add_argument("--signer", type=_digest, action="append", default=[], metavar="SHA256", help="both, the first time")
-    pin.add_argument("--weights", type=_digest, action="append", default=[], metavar="ROOT", help="weights root to accept")
+    pin.add_argument(
+        "--signer", type=_digest, action="append", default=[], metavar="SHA256", help="both, the first time"
+    )
+    pin.add_argument(
+        "--weights", type=_digest, action="append", default=[], metavar="ROOT", help="weights root to accept"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Small files in and out: read whole with a cap, written whole or not at all."""
+"""Files in and out: read whole with a cap, written whole or not at all, readable by their owner only."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Final
 
 from countermark.errors import UsageError
-from countermark.policy import Policy, parse_policy
 
 MAX_BYTES: Final = 16 * 1024 * 1024
 
 
-def read_file(path: Path | str) -> bytes:
-    """Read a file of at most 16 MiB. Raises `UsageError` (`usage.file`)."""
+def read_file(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a file. Raises `UsageError`: `usage.file` (the system's reason), `usage.too_long`."""
     try:
         with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except OSError as err:
         raise UsageError(f"{path}: {err.strerror}", code="usage.file") from err
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{path}: expected at most {MAX_BYTES} bytes", code="usage.file")
+    if len(data) > max_bytes:
+        raise UsageError(f"{path}: expected at most {max_bytes} bytes", code="usage.too_long")
     return data
 
 
@@ -40,8 +39,3 @@ def write_file(path: Path, data: bytes) -> None:
             raise
     except OSError as err:
         raise UsageError(f"{path}: {err.strerror}", code="usage.file") from err
-
-
-def load_policy(path: Path | str) -> Policy:
-    """Read and parse a policy file. Raises `UsageError` (`usage.file`) or `PolicyError`."""
-    return parse_policy(read_file(path))

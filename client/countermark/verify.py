@@ -41,6 +41,15 @@ class Verification(Sealed):
     def verdict(self) -> Verdict:
         return self.receipt.verdict
 
+    def __str__(self) -> str:
+        """One line for people."""
+        answer, intent = self.receipt.answer, self.receipt.intent
+        return (
+            f"verified{' (SIMULATED platform)' if self.verdict.simulated else ''}: {len(answer.tokens)} tokens by"
+            f" {intent.stack.model} under {intent.stack.profile}, {self.witnesses}, time"
+            f" {self.verdict.time_basis.value}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready dict with stable keys."""
         return {

@@ -122,7 +122,7 @@ def test_an_unwritable_bundle_is_said(appliance: Appliance, tmp_path: Path) -> N
         answer = session.generate("x", max_tokens=1).result()
     with pytest.raises(UsageError) as caught:
         answer.save(tmp_path / "absent" / "x.cmk")
-    assert caught.value.code == "bundle.unwritable"
+    assert caught.value.code == "usage.file"
 
 
 def test_an_idle_session_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ def test_results_are_sealed(world: World) -> None:
     ("code", "data"),
     [
         ("request.malformed", b"\xff"),
-        ("request.malformed", bytes(17 * 1024 * 1024)),
+        ("request.too_long", bytes(17 * 1024 * 1024)),
         ("request.nonce", pb.GenerateRequest(prompt="x").SerializeToString()),
         ("request.input", pb.GenerateRequest(nonce=bytes(32)).SerializeToString()),
         ("request.unknown_field", REQUEST + b"\xf8\x07\x01"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -99,7 +100,7 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             _head(out, 4, len(value))
             for item in value:
                 _write(out, item, depth + 1)
-        case dict():
+        case Mapping():  # cbor2 gives an immutable one inside a tag
             if any(isinstance(key, bool) or not isinstance(key, str | int) for key in value):
                 raise FormatError("cbor: expected map keys of type str or int", code="cbor.type")
             _head(out, 5, len(value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from countermark.policy.pin import new_policy, pin, verify_manifest
-from countermark.policy.toml import encode_policy, parse_policy
+from countermark.policy.toml import encode_policy, load_policy, parse_policy
 from countermark.policy.value import (
     DAY_S,
     INTEL_SGX_ROOT,
@@ -25,6 +25,7 @@ __all__ = [
     "Profile",
     "Waiver",
     "encode_policy",
+    "load_policy",
     "new_policy",
     "parse_policy",
     "pin",

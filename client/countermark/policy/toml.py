@@ -13,9 +13,11 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 from countermark.errors import FormatError, PolicyError
+from countermark.files import read_file
 from countermark.formats import manifest as manifests
 from countermark.formats.manifest import Manifest
 from countermark.policy.value import (
@@ -121,6 +123,11 @@ def _enum(table: _Table, key: str, kind: type[Profile] | type[GpuFreshnessRule])
     except ValueError as err:
         message = f"{table.name(key)}: expected one of {[item.value for item in kind]}, got {text!r}"
         raise PolicyError(message, code="policy.value") from err
+
+
+def load_policy(path: Path | str) -> Policy:
+    """Read and parse a policy file. Raises `UsageError` (`usage.file`) or as `parse_policy`."""
+    return parse_policy(read_file(path, max_bytes=MAX_BYTES))
 
 
 def parse_policy(data: bytes) -> Policy:
