@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from countermark import appraise, errors
 from countermark.bundle import MAX_BUNDLE_BYTES, Bundle, encode_bundle
@@ -25,6 +26,7 @@ from countermark.tlog import checkpoint, merkle
 from countermark.wire import codec, tls
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.engine.weights import artefact, modeljson, verity
+from countermark_kernels import fingerprint
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -507,3 +509,21 @@ def test_known_answers_by_hand() -> None:
     assert records.field_commitment("prompt", zero, b"").hex() in PAGE
     assert records.commitment(records.Kind.INTENT, zero, b"").hex() in PAGE
     assert report_data.gpu_nonce(zero, zero).hex() in PAGE
+
+
+def test_fingerprint_by_hand() -> None:
+    """The page's formula for logits (1, -2), whose binary32 patterns are 0x3f800000 and 0xc0000000."""
+
+    def split_mix(seed: int) -> int:
+        z = seed + 0x9E3779B97F4A7C15
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    lanes = [
+        sum(bits * (split_mix(2 * i + lane) | 1) for i, bits in enumerate((0x3F800000, 0xC0000000))) % 2**64
+        for lane in (0, 1)
+    ]
+    expected = b"".join(lane.to_bytes(8, "little") for lane in lanes)
+    assert fingerprint.encode(fingerprint.reference(torch.tensor([[1.0, -2.0]]), 2)) == [expected]
+    assert "lane 0 || lane 1, u64 each and here **little-endian**" in " ".join(PAGE.split())
