@@ -8,18 +8,28 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import Progress
 
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, UsageError
 
 _ERR = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our exit code for a wrong call."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(UsageError.exit_code, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="countermark-appliance", description=__doc__.split("\n", maxsplit=1)[0])
+    parser = _Parser(prog="countermark-appliance", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--verbose", action="store_true", help="debug log lines on stderr (never prompts or keys)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -83,7 +93,7 @@ def _weights_build(args: argparse.Namespace) -> dict[str, object]:
     from countermark_appliance.engine import weights  # noqa: PLC0415
 
     if args.stand_in == (args.source is not None):
-        raise SystemExit("countermark-appliance weights build: expected either SOURCE or --stand-in")
+        raise UsageError("weights build: expected either SOURCE or --stand-in", code="usage.source")
     source = weights.stand_in_gguf() if args.stand_in else args.source
     with _progress() as report:
         built = weights.build(source, args.out, name=args.name, context=args.context, progress=report)
@@ -122,10 +132,9 @@ def _sim_new(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _digest(text: str) -> bytes:
-    value = bytes.fromhex(text)
-    if len(value) != 32:
-        raise ValueError
-    return value
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected 64 lower-case hex digits, got {text!r}")
+    return bytes.fromhex(text)
 
 
 @contextmanager

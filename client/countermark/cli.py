@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from countermark import policy as policies
 from countermark import terminal
@@ -29,6 +30,14 @@ from countermark.verify import Verification, verify_bundle
 EXIT_CODES = """exit codes:
   0 verified   1 usage, policy or request   10 quote   11 TCB or freshness   12 measurement   13 weights   14 GPU
   15 channel   20 receipt or bundle   21 log   30 replay diverged   40 cannot be decided   50 unavailable"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our exit code for a wrong call."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(UsageError.exit_code, f"{self.prog}: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="countermark",
         description="Ask models that prove themselves; verify and replay their answers.",
         epilog=EXIT_CODES,
@@ -71,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--dir", type=Path, default=Path("demo-out"), help="where to work (default: %(default)s)")
     demo.add_argument("--prompt", default="What is the capital of France? Answer in one sentence.")
+    demo.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where the node listens")
     demo.add_argument("--keep-serving", action="store_true", help="leave the appliance running until Ctrl-C")
 
     attest = _command(commands, "attest", _attest, "appraise a node and print the verdict", json_=True)
@@ -136,7 +146,7 @@ def _command(
 
 
 def _demo(args: argparse.Namespace) -> None:
-    result = run_demo(args.dir, args.prompt, say=terminal.step, keep_serving=args.keep_serving)
+    result = run_demo(args.dir, args.prompt, say=terminal.step, listen=args.listen, keep_serving=args.keep_serving)
     if args.json:
         _print_json(result.as_json())
         return
@@ -247,24 +257,24 @@ def _show_verdict(verdict: Verdict) -> None:
 def _time(text: str) -> int | None:
     if text == "now":
         return None
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"expected RFC 3339 or 'now', got {text!r}") from err
     if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError("expected an offset such as Z")
+        raise argparse.ArgumentTypeError(f"expected an offset such as Z, got {text!r}")
     return int(moment.timestamp())
 
 
 def _digest(text: str) -> bytes:
-    value = bytes.fromhex(text)
-    if len(value) != 32:
-        raise argparse.ArgumentTypeError("expected 64 hex digits")
-    return value
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"expected 64 lower-case hex digits, got {text!r}")
+    return bytes.fromhex(text)
 
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
-
-__all__ = ["UsageError", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

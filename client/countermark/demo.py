@@ -120,7 +120,7 @@ def run_demo(
             terminal.show_simulated()
             terminal.show_checks(session.verdict.checks)
             say(f"ask: {prompt}")
-            answer = session.generate(messages=[("user", prompt)], max_tokens=96, temperature=0.8, top_p=0.95).result()
+            answer = session.generate(messages=[("user", prompt)], max_tokens=96, temperature=0.2, top_p=0.9).result()
         answer.save(bundle, manifest=manifest)
         result = _offline(bundle, directory, answer.text, say)
         if keep_serving:

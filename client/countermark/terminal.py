@@ -6,6 +6,7 @@ replaced, so that a server cannot paint over what we print.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from countermark.errors import CountermarkError
 
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
+_DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{16,}\b")
 _STYLE = {Status.PASS: "green", Status.FAIL: "bold red", Status.SKIP: "yellow"}
 
 
@@ -28,11 +30,12 @@ def printable(text: str) -> str:
 
 
 def show_checks(checks: Iterable[Check], *, console: Console = ERR) -> None:
-    """One line a check: number, PASS, FAIL or SKIP, name, what was seen."""
+    """One line a check: number, PASS, FAIL or SKIP, name, what was seen (digests cut where nothing is wrong)."""
     for check in checks:
         style = _STYLE[check.status]
         code = f" [red]\\[{escape(check.code)}][/red]" if check.code else ""
-        detail = f"  [dim]{escape(printable(check.detail))}[/dim]" if check.detail else ""
+        text = _DIGEST.sub(r"\1…", check.detail) if check.status is Status.PASS else check.detail
+        detail = f"  [dim]{escape(printable(text))}[/dim]" if text else ""
         console.print(f"{check.step:>4}  [{style}]{check.status.value}[/{style}]  {escape(check.name)}{code}{detail}")
 
 

@@ -84,8 +84,9 @@ def test_production_policy_refuses_the_simulated_bundle(
     policy = tmp_path / "production.toml"
     policy.write_text(run("policy", "new", cwd=tmp_path).stdout)
     bundle = str(directory / "answer.cmk")
-    done = run("verify", bundle, "--policy", str(policy), "--json", cwd=tmp_path, code=11)
-    assert json.loads(done.stdout)["verdict"] == "reject"
+    done = run("verify", bundle, "--policy", str(policy), "--json", cwd=tmp_path, code=10)
+    refused = json.loads(done.stdout)
+    assert (refused["verdict"], refused["code"]) == ("reject", "quote.root")
 
 
 def test_wrong_time_is_refused(demo: tuple[Path, dict[str, object], str]) -> None:
