@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from countermark.checks import Check, Status
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, Unavailable, Undecidable, UsageError
 
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -60,8 +60,10 @@ def show_simulated(*, console: Console = ERR) -> None:
 def show_error(err: CountermarkError) -> None:
     """A refusal: the checks made so far, then what differed and the stable code."""
     show_checks(err.checks)
+    words = ((Unavailable, "unavailable"), (Undecidable, "cannot decide"), (UsageError, "error"))
+    word = next((word for kind, word in words if isinstance(err, kind)), "refused")
     step = f"step {err.step}, " if err.step else ""
-    ERR.print(f"[bold red]refused[/bold red] ({step}{err.code}): {escape(printable(str(err)))}")
+    ERR.print(f"[bold red]{word}[/bold red] ({step}{err.code}): {escape(printable(str(err)))}")
 
 
 @contextmanager
