@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from node_files import write_node
+from node_files import Node, write_node
 
 
 @contextmanager
