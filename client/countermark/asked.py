@@ -2,7 +2,8 @@
 
 The request is bound into the INTENT by the hash of these bytes, so whoever checks an answer reads the request from the
 same bytes, and compares every setting that was given with the one recorded as applied. A setting that was not given is
-the server's to resolve; it is recorded too, but there is nothing to compare it with.
+the server's to resolve; it is recorded too, but there is nothing to compare it with. Stop strings and logit biases have
+no such state: none asked for means none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PLAIN = ("temperature", "top_k", "repetition_penalty", "presence_penalty", "fre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request as sent. `settings`: only what was given, by the name of the field it must equal in the record."""
+    """A request as sent. `settings`: what was given, by the name of the field it must equal in the record."""
 
     nonce: bytes
     model: str
@@ -75,12 +76,10 @@ def _settings(message: pb.GenerateRequest) -> dict[str, object]:
         settings["top_p_20bit"] = max(1, _in_20bit(sampling.top_p))
     if sampling.HasField("min_p"):
         settings["min_p_20bit"] = _in_20bit(sampling.min_p)
-    if sampling.logit_bias:
-        settings["logit_bias"] = dict(sampling.logit_bias)
+    settings["logit_bias"] = dict(sampling.logit_bias)
     if message.HasField("max_tokens"):
         settings["max_tokens"] = message.max_tokens
-    if message.stop:
-        settings["stop"] = tuple(message.stop)
+    settings["stop"] = tuple(message.stop)
     if message.HasField("ignore_eos"):
         settings["ignore_eos"] = message.ignore_eos
     return settings

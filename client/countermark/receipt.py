@@ -8,11 +8,11 @@ steps continue the appraisal's numbers:
 14 it stands in the log: inclusion proof, checkpoint under both log keys, after the attested head
 15 the receipt carries exactly our two signatures, both hold under the attested keys
 16 it is about the accepted INTENT, and the OUTCOME is that INTENT's
-17 the OUTCOME commits to exactly the tokens, text and fingerprints that were streamed; counts and finish reason fit
+17 the OUTCOME commits to exactly the tokens, text and fingerprints that were streamed; counts and end fit
 18 INTENT and OUTCOME stand in one log that grew from the attested head and the accepted checkpoint
 
-Not checked here: that the text is what the tokens spell, and that the tokens are what the model gives; replay does the
-second. Witness cosignatures: without them a log shown only to us cannot be told from the one shown to others.
+Not checked here: that prompt and text are what their tokens spell, that the tokens are what the model gives, and that a
+stop string was reached: replay does all of that, with the weights. Witness cosignatures: without them a log shown only to us cannot be told from the one shown to others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hmac
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from countermark.appraise import Verdict
 from countermark.asked import Asked, check_settings, parse_request
@@ -35,6 +35,7 @@ from countermark.tlog.checkpoint import ED25519, Checkpoint, LogKeys, verify_che
 
 _SEAL = object()
 _SIGNER_ROLES = ("receipt-es256", "receipt-ml-dsa-65")
+_PROMISED: Final = {"exact-v0": (records.EXACT_TIER, records.EXACT_CLAIMS)}  # by profile; nobody may promise less
 
 
 class Sealed:
@@ -247,6 +248,10 @@ def _check_stack(intent: Intent, verdict: Verdict) -> None:
     _same("config digest", verdict.claims.config, stack.config_digest, "receipt.config")
     if stack.profile != verdict.profile:
         raise ReceiptError(f"profile: expected {verdict.profile}, got {stack.profile}", code="receipt.profile")
+    promised = _PROMISED.get(stack.profile)
+    if promised is not None and (stack.determinism, stack.claims) != promised:
+        message = f"claims: expected {', '.join(promised[1])}, as {stack.profile} promises, got {stack.claims!r:.100}"
+        raise ReceiptError(message, code="receipt.profile")
     _same("kernel digest", verdict.kernel_digest, stack.kernel_digest, "receipt.kernel_digest")
 
 
@@ -279,17 +284,31 @@ def _check_answer(outcome: Outcome, answer: Answer, accepted: Accepted) -> None:
     counts = (len(accepted.acceptance.prompt_tokens), len(answer.tokens), len(answer.fingerprints))
     if counts != (outcome.prompt_count, outcome.output_count, outcome.output_count):
         raise ReceiptError("token counts: expected those of the answer", code="receipt.counts")
+    if any(len(item) != records.FINGERPRINT_BYTES for item in answer.fingerprints):
+        message = f"fingerprints: expected {records.FINGERPRINT_BYTES} bytes for each token"
+        raise ReceiptError(message, code="receipt.fingerprints")
     intent = accepted.intent
     if outcome.cached_count > outcome.prompt_count or outcome.output_count > intent.max_tokens:
         raise ReceiptError("token counts: expected within prompt and max_tokens", code="receipt.counts")
+    _check_end(outcome.finish_reason, intent, answer)
+
+
+def _check_end(reason: str, intent: Intent, answer: Answer) -> None:
+    """As far as token ids and text show it: the answer ends where the INTENT makes it end, and not later.
+
+    Whether a stop string was reached only the tokenizer knows (`countermark.replay`).
+    """
+    stop_tokens = () if intent.ignore_eos else intent.stop_tokens
+    ends = [token in stop_tokens for token in answer.tokens]
     fits = {
-        "eos": not intent.ignore_eos and bool(answer.tokens) and answer.tokens[-1] in intent.stop_tokens,
-        "stop": bool(intent.stop) and bool(answer.tokens),
-        "length": outcome.output_count == intent.max_tokens,
+        "eos": bool(ends) and ends[-1],
+        "stop": bool(ends) and not ends[-1] and bool(intent.stop),
+        "length": bool(ends) and not ends[-1] and len(ends) == intent.max_tokens,
     }
-    if not fits[outcome.finish_reason]:
-        message = f"finish reason: {outcome.finish_reason} does not fit the answer"
-        raise ReceiptError(message, code="receipt.finish_reason")
+    if not fits[reason] or any(ends[:-1]):
+        raise ReceiptError(f"finish reason: {reason} does not fit the answer", code="receipt.finish_reason")
+    if any(text in answer.text for text in intent.stop):
+        raise ReceiptError("text: expected to end before any stop string", code="receipt.finish_reason")
 
 
 def _check_log(payload: Payload, outcome: Outcome, accepted: Accepted) -> Checkpoint:

@@ -89,12 +89,19 @@ def test_settings_not_given_are_the_servers(world: World) -> None:
     for name in ("sampling", "max_tokens", "stop"):
         message.ClearField(name)
     data = message.SerializeToString(deterministic=True)
-    drawn = replace(SAMPLING, seed=99, seed_origin="server", temperature=0.0)
-    committed = world.machine.intent(world.verdict, raw_request=data, sampling=drawn, max_tokens=100)
+    drawn = replace(SAMPLING, seed=99, seed_origin="server", temperature=0.0, logit_bias=())
+    committed = world.machine.intent(world.verdict, raw_request=data, sampling=drawn, max_tokens=100, stop=())
     assert verify_accepted(committed.acceptance, world.verdict, data).intent.sampling.seed == 99
     claimed = replace(drawn, seed_origin="client")
-    committed = world.machine.intent(world.verdict, raw_request=data, sampling=claimed)
+    committed = world.machine.intent(world.verdict, raw_request=data, sampling=claimed, stop=())
     refused("receipt.setting.seed_origin", lambda: verify_accepted(committed.acceptance, world.verdict, data))
+    added = {
+        "receipt.setting.logit_bias": {"sampling": replace(drawn, logit_bias=((3, 100.0),)), "stop": ()},
+        "receipt.setting.stop": {"sampling": drawn, "stop": ("However",)},
+    }
+    for code, change in added.items():  # nobody who asks for none gets some
+        committed = world.machine.intent(world.verdict, raw_request=data, **change)
+        refused(code, lambda taken=committed.acceptance: verify_accepted(taken, world.verdict, data))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +111,8 @@ def test_settings_not_given_are_the_servers(world: World) -> None:
         ("receipt.image_id", {"image_id": bytes(32)}),
         ("receipt.config", {"config_digest": bytes(32)}),
         ("receipt.profile", {"profile": "exact-v9"}),
+        ("receipt.profile", {"claims": ("run",)}),  # promises less than its profile: nobody could replay it
+        ("receipt.profile", {"determinism": "none"}),
         ("receipt.kernel_digest", {"kernel_digest": bytes(32)}),
         ("receipt.platform", {"platform": "tdx"}),
         ("receipt.setting.model", {"model": "another"}),

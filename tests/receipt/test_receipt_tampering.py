@@ -10,6 +10,7 @@ import pytest
 from countermark.errors import CountermarkError
 from countermark.formats.receipt import EXTERNAL_AAD, Answer, Payload, encode_payload, parse_receipt, to_be_signed
 from countermark.receipt import CheckedReceipt, verify_accepted, verify_receipt
+from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.platform.keyring import sign_es256
 from countermark_appliance.records.signer import Signer
 from one_answer import FINGERPRINTS, OUTPUT_TOKENS, REQUEST, TEXT, World, answer, make_world
@@ -157,6 +158,14 @@ def test_another_answer_than_streamed(world: World, code: str, change: dict[str,
         ("receipt.finish_reason", {}, {"finish_reason": "length"}),
         ("receipt.finish_reason", {"ignore_eos": True, "stop_tokens": ()}, {}),
         ("receipt.finish_reason", {"stop_tokens": (9,)}, {}),
+        ("receipt.finish_reason", {"ignore_eos": True}, {}),  # with stop tokens nonetheless
+        ("receipt.finish_reason", {"stop_tokens": (5, 2)}, {}),  # went on after an end-of-sequence token
+        (
+            "receipt.finish_reason",
+            {},
+            {"finish_reason": "stop"},
+        ),  # an end-of-sequence token passed off as a stop string
+        ("receipt.finish_reason", {"max_tokens": 8}, {"output_text": "Paris.\n\nAnd"}),  # text behind a stop string
     ],
 )
 def test_outcomes_that_do_not_fit_the_answer(
@@ -172,21 +181,55 @@ def test_outcomes_that_do_not_fit_the_answer(
             verdict,
             request=REQUEST,
             accepted=accepted,
-            answer=answer(completed),
+            answer=replace(answer(completed), text=outcome.get("output_text", TEXT)),  # type: ignore[arg-type]
         )
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("prints", [(b"", b"", b""), (bytes(32), b"", bytes(16)), (bytes(15),) * 3])
+def test_every_token_has_a_whole_fingerprint(world: World, prints: tuple[bytes, ...]) -> None:
+    """The commitment is over the concatenation, so it alone would open to missing or shifted fingerprints too."""
+    machine, verdict = world.machine, world.verdict
+    committed = machine.intent(verdict)
+    accepted = verify_accepted(committed.acceptance, verdict, REQUEST)
+    completed = machine.outcome(committed, fingerprints=prints)
+    with pytest.raises(CountermarkError) as caught:
+        verify_receipt(
+            machine.recorder.receipt(completed),
+            verdict,
+            request=REQUEST,
+            accepted=accepted,
+            answer=replace(answer(completed), fingerprints=prints),
+        )
+    assert caught.value.code == "receipt.fingerprints"
+
+
+def test_length_is_not_said_where_an_end_of_sequence_token_stands(world: World) -> None:
+    machine, verdict = world.machine, world.verdict
+    message = pb.GenerateRequest.FromString(REQUEST)
+    message.max_tokens = 3
+    data = message.SerializeToString(deterministic=True)
+    committed = machine.intent(verdict, raw_request=data, max_tokens=3)
+    accepted = verify_accepted(committed.acceptance, verdict, data)
+    completed = machine.outcome(committed, finish_reason="length")
+    with pytest.raises(CountermarkError) as caught:
+        verify_receipt(
+            machine.recorder.receipt(completed), verdict, request=data, accepted=accepted, answer=answer(completed)
+        )
+    assert caught.value.code == "receipt.finish_reason"
 
 
 def test_an_answer_of_no_tokens_fits_no_finish_reason(world: World) -> None:
     machine, verdict = world.machine, world.verdict
     empty = {"output_tokens": (), "output_text": "", "fingerprints": (), "first_token_time": None}
+    message = pb.GenerateRequest.FromString(REQUEST)
+    message.ClearField("max_tokens")  # the server's to resolve, and it resolves it to nothing
+    data = message.SerializeToString(deterministic=True)
     for reason in ("eos", "stop", "length"):
-        committed = machine.intent(verdict)
-        accepted = verify_accepted(committed.acceptance, verdict, REQUEST)
+        committed = machine.intent(verdict, raw_request=data, max_tokens=0)
+        accepted = verify_accepted(committed.acceptance, verdict, data)
         completed = machine.outcome(committed, finish_reason=reason, **empty)
         given = Answer(tokens=(), text="", fingerprints=(), field_salts=completed.field_salts)
         with pytest.raises(CountermarkError) as caught:
-            verify_receipt(
-                machine.recorder.receipt(completed), verdict, request=REQUEST, accepted=accepted, answer=given
-            )
+            verify_receipt(machine.recorder.receipt(completed), verdict, request=data, accepted=accepted, answer=given)
         assert caught.value.code == "receipt.finish_reason"
