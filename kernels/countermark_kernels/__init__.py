@@ -19,7 +19,7 @@ def kernel_digest() -> bytes:
     digest = hashlib.sha256()
     root = files(__name__)
     found = {path.name: path for path in root.iterdir() if path.name.endswith(".py")}
-    found |= {f"native/{p.name}": p for p in (root / "native").iterdir() if p.name.endswith((".c", ".h"))}
+    found |= {f"native/{p.name}": p for p in root.joinpath("native").iterdir() if p.name.endswith((".c", ".h"))}
     for name, path in sorted(found.items()):
         data = path.read_bytes()
         digest.update(len(name.encode()).to_bytes(4, "big") + name.encode() + len(data).to_bytes(8, "big") + data)

@@ -43,9 +43,8 @@ P_MAX = 16256
 _QUERY_BLOCK = 128
 
 
-def score_constant(head_dim: int) -> float:
-    """binary32(log2(e) / (d sqrt d)): 0x1.715476p-9 for 64."""
-    return ieee.f32(math.log2(math.e) / (head_dim * math.sqrt(head_dim)))
+SCORE_CONSTANTS = {64: float.fromhex("0x1.715476p-9"), 128: float.fromhex("0x1.0527dcp-10")}
+"""binary32(log2(e) / (d sqrt d)), c of the formulas above, for each head size."""
 
 
 class KvCache:
@@ -139,7 +138,7 @@ def reference(q: Tensor, s_q: Tensor, positions: Tensor, *, k: Tensor, s_k: Tens
     visible = tokens.unsqueeze(0) <= positions.unsqueeze(1)
     hidden = ~visible
     total = chunked_product(q, split(k))
-    s = (ieee.to_f32(total) * (s_q * score_constant(q.shape[1])).unsqueeze(-1)) * s_k
+    s = (ieee.to_f32(total) * (s_q * SCORE_CONSTANTS[q.shape[1]]).unsqueeze(-1)) * s_k
     s = s.masked_fill(hidden, 0.0)
     ieee.amax(s)
     m = s.masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True)
@@ -168,7 +167,7 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
     library = native()
     if library is not None and spans:
         calls = (CSpan * len(spans))(*(x.cache.native_span(layer, x.start, x.end, x.position) for x in spans))
-        sizes = (len(spans), heads, spans[0].cache.kv_heads, head_dim, score_constant(head_dim))
+        sizes = (len(spans), heads, spans[0].cache.kv_heads, head_dim, SCORE_CONSTANTS[head_dim])
         library.call("cm_attend", calls, *sizes, q.data_ptr(), s_q.data_ptr(), out.data_ptr())
         return out.reshape(rows, heads * head_dim)
     for span in spans:

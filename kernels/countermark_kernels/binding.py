@@ -211,7 +211,7 @@ def enable(on: bool) -> None:
 
 def _load() -> None:
     _state.tried = True
-    resource = files(__package__) / LIBRARY
+    resource = files(__package__).joinpath(LIBRARY)
     if not resource.is_file():
         _state.reason = "not built: run `python kernels/build_native.py` (needs a C compiler)"
         return
@@ -236,7 +236,7 @@ def _load() -> None:
 def source_digest() -> str:
     """SHA-256 over the C sources of this package, hexadecimal; kernels/build_native.py compiles the same in."""
     digest = hashlib.sha256()
-    sources = [p for p in (files(__package__) / "native").iterdir() if p.name.endswith((".c", ".h"))]
+    sources = [p for p in files(__package__).joinpath("native").iterdir() if p.name.endswith((".c", ".h"))]
     for path in sorted(sources, key=lambda p: p.name):
         name, data = path.name.encode(), path.read_bytes()
         digest.update(len(name).to_bytes(4, "big") + name + len(data).to_bytes(8, "big") + data)

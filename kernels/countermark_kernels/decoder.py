@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels.activation import swiglu_quantise
-from countermark_kernels.attention import Span, attend, check_spans, score_constant
+from countermark_kernels.attention import SCORE_CONSTANTS, Span, attend, check_spans
 from countermark_kernels.binding import CDecoder, CLayer, CSpan, check, native, pointer
 from countermark_kernels.linear import Weight, linear
 from countermark_kernels.norm import check_eps, norm_quantise
@@ -88,7 +88,7 @@ class Decoder:
         if all(getattr(layer, name).native is not None for layer in self.layers for name in sizes):
             shape = (len(self.layers), hidden, self.heads, self.kv_heads, self.head_dim, intermediate, self.block)
             tables = (self.cos.data_ptr(), self.sin.data_ptr())
-            view = CDecoder(ctypes.addressof(layers), *shape, *tables, self.eps, score_constant(self.head_dim))
+            view = CDecoder(ctypes.addressof(layers), *shape, *tables, self.eps, SCORE_CONSTANTS[self.head_dim])
         object.__setattr__(self, "_native_layers", layers)
         object.__setattr__(self, "_native", view)
 

@@ -126,6 +126,8 @@ static NOINLINE int64_t weight_pass(const float *s, int64_t tokens, int64_t padd
             e = f8_select(i8_before(t, tokens), e, f8_set(0.0f));
         sum += f8_to_int(f8_rint(e * f8_set(65536.0f)));
         f8 weight = f8_min(f8_rint((e * f8_load(s_v + t)) * gain), limit);
+        if (t + LANES > tokens) /* the cache's rows past the last token hold anything */
+            weight = f8_select(i8_before(t, tokens), weight, f8_set(0.0f));
         i8_store16(n + t, f8_to_int(weight));
     }
     for (int64_t t = (tokens + LANES - 1) / LANES * LANES; t < padded; t += LANES)

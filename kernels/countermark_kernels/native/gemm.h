@@ -181,7 +181,7 @@ static inline __attribute__((always_inline)) void thin_tile(const int R, const i
             store_columns(c + r * ldc + 8 * h, sum[r][2 * h], sum[r][2 * h + 1], false);
 }
 
-#define WIDE_K4 128 /* 16 KiB of widened panel: half of the first-level cache */
+#define WIDE_K4 144 /* 18 KiB of widened panel and at most 7 of activations: both stay in the first-level cache */
 
 /* c[rows][16] = a . panel. */
 static NOINLINE void gemm_panel(const a_t *a, int64_t rows, const int8_t *panel, int64_t k4, const int32_t *sums,
@@ -196,17 +196,17 @@ static NOINLINE void gemm_panel(const a_t *a, int64_t rows, const int8_t *panel,
         return;
     default: break;
     }
-    const int64_t height = tile_height(rows);
+    const int64_t height = tile_height(rows), chunks = (k4 + WIDE_K4 - 1) / WIDE_K4, chunk = (k4 + chunks - 1) / chunks;
     _Alignas(32) int16_t wide[2][WIDE_K4 * 32]; /* eight columns each */
-    for (int64_t g = 0; g < k4; g += WIDE_K4) {
-        const int64_t count = k4 - g < WIDE_K4 ? k4 - g : WIDE_K4;
+    for (int64_t g = 0; g < k4; g += chunk) {
+        const int64_t count = k4 - g < chunk ? k4 - g : chunk;
         for (int64_t i = 0; i < count; i++)
             for (int v = 0; v < 4; v++)
                 _mm256_store_si256(
                     (__m256i *)(wide[v / 2] + i * 32 + v % 2 * 16),
                     _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(panel + (g + i) * 64 + v * 16))));
-        for (int64_t h = 0; h < 2; h++)
-            for (int64_t r = 0; r < rows; r += height) {
+        for (int64_t r = 0; r < rows; r += height)
+            for (int64_t h = 0; h < 2; h++) {
                 const int64_t in_tile = rows - r < height ? rows - r : height;
                 const a_t *from = a + (r * k4 + g * in_tile) * 4;
                 int32_t *to = c + r * ldc + h * 8;
