@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.engine import cpu_model
@@ -54,6 +52,10 @@ def reference_model(dtype: torch.dtype = torch.float32) -> Any:
 
     By its parts, because `from_pretrained(gguf_file=...)` insists on a package we do not use.
     """
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    transformers.utils.logging.disable_progress_bar()
     path = str(weights.stand_in_gguf())
     config = transformers.LlamaConfig(**load_gguf_checkpoint(path)["config"])
     model = transformers.LlamaForCausalLM(config)

@@ -31,6 +31,15 @@ MAX_MESSAGES = 1024
 _NAMES_OF_CHANCE = frozenset({"strftime_now", "now", "datetime", "date", "time", "random", "uuid", "uuid4", "lipsum"})
 _MARKS = range(0xF0000, 0xF0000 + 4096)  # supplementary private use area A
 
+_TEMPLATE_FAILURES = (
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError),
+    *(LookupError, AttributeError, RecursionError, MemoryError),
+)
+
+
+class _Refused(jinja2.TemplateError):
+    """`raise_exception` in a template."""
+
 
 class ChatTemplate:
     """One compiled template. Thread-safe: nothing changes after construction."""
@@ -63,9 +72,11 @@ class ChatTemplate:
         turns = [{"role": m.role, "content": self._tokenizer.mark_special(m.content, mark)} for m in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as err:
+        except _Refused as err:  # the template's own words, such as "roles must alternate"
+            raise RequestError(f"messages: {err!s:.200}", code="request.template") from err
+        except _TEMPLATE_FAILURES as err:  # whose text may quote a message, which must not reach a log
             raise RequestError(
-                f"messages: the chat template refuses them: {err!s:.200}", code="request.template"
+                f"messages: the chat template fails: {type(err).__name__}", code="request.template"
             ) from err
         return text, mark
 
@@ -109,7 +120,7 @@ def _plain(value: object) -> object:
 
 
 def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refused(message)
 
 
 def _tojson(value: object, indent: int | None = None) -> str:

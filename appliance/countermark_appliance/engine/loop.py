@@ -2,7 +2,7 @@
 
 The queue is bounded: `submit` refuses (`engine.busy`) rather than let a request wait without end. A step that fails is
 repeated one sequence at a time, so that only the sequence whose own numbers fail (the profile knows no NaN and no
-infinity) ends with `error`; repeating is exact, because a step writes the same bits to the same cache positions. Sinks
+infinity) or that finds no memory ends with `error`; repeating is exact, because a step writes the same bits to the same cache positions. Sinks
 run on this thread and must not block.
 """
 
@@ -87,7 +87,7 @@ class Loop:
     def _step(self, works: Seq[Work]) -> None:
         try:
             self._forward(works)
-        except NumericsError as err:
+        except (NumericsError, MemoryError) as err:
             if len(works) > 1:
                 for work in works:
                     if not work.sequence.done:

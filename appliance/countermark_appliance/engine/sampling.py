@@ -122,10 +122,10 @@ def _integer(field: str, value: int | None, *, default: int, end: int) -> int:
 def _bias(bias: Mapping[int, float], vocab: int) -> tuple[tuple[int, float], ...]:
     if len(bias) > MAX_BIASES:
         raise _refused("logit_bias", f"at most {MAX_BIASES} entries", len(bias))
-    return tuple(
-        (
-            _integer("logit_bias", token, default=0, end=vocab),
-            _real("logit_bias", value, default=0.0, low=-100, high=100),
+    checked = {
+        _integer("logit_bias", token, default=0, end=vocab): _real(
+            "logit_bias", value, default=0.0, low=-100.0, high=100.0
         )
-        for token, value in sorted(bias.items())
-    )
+        for token, value in bias.items()
+    }
+    return tuple(sorted(checked.items()))
