@@ -3,6 +3,9 @@
 `decode` accepts exactly what `encode` produces: it re-encodes and compares, so that one value has one byte string
 (definite lengths, shortest heads and floats, map keys sorted by encoded bytes, no duplicate keys, no trailing bytes).
 Values are limited to int, float (finite), bytes, str, bool, None, tuple/list, dict with str or int keys, and CBORTag.
+
+Both directions are ours and know no tag's meaning. A general decoder follows references (tags 25 and 29: kilobytes of
+input that stand for terabytes) and builds dates, decimals and regular expressions from what a stranger sent.
 Not checked here: what the value means; each format's own parser does that.
 """
 
@@ -20,6 +23,8 @@ from countermark.errors import FormatError
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 16
+_SIMPLE = {20: False, 21: True, 22: None}
+_FLOATS = {25: ">e", 26: ">f", 27: ">d"}
 
 
 def encode(value: object) -> bytes:
@@ -39,10 +44,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     """
     if len(data) > max_bytes:
         raise FormatError(f"cbor: expected at most {max_bytes} bytes, got {len(data)}", code="cbor.too_long")
-    try:
-        value = cbor2.loads(data)
-    except (cbor2.CBORError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as err:
-        raise FormatError(f"cbor: {type(err).__name__}", code="cbor.malformed") from err
+    value, _ = _read(data, 0, 0)
     if encode(value) != data:
         raise FormatError("cbor: expected the deterministic encoding (RFC 8949 4.2.1)", code="cbor.not_deterministic")
     return value
@@ -100,7 +102,7 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             _head(out, 4, len(value))
             for item in value:
                 _write(out, item, depth + 1)
-        case Mapping():  # cbor2 gives an immutable one inside a tag
+        case Mapping():
             if any(isinstance(key, bool) or not isinstance(key, str | int) for key in value):
                 raise FormatError("cbor: expected map keys of type str or int", code="cbor.type")
             _head(out, 5, len(value))
@@ -112,6 +114,67 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             _write(out, value.value, depth + 1)
         case _:
             raise FormatError(f"cbor: value of type {type(value).__name__}", code="cbor.type")
+
+
+def _read(data: bytes, offset: int, depth: int) -> tuple[Any, int]:
+    """The item at `offset` and the offset behind it. That its form is the one `encode` gives, the caller compares."""
+    if depth > MAX_DEPTH:
+        raise FormatError(f"cbor: nested deeper than {MAX_DEPTH}", code="cbor.malformed")
+    major, info = divmod(_take(data, offset, 1)[0], 32)
+    offset += 1
+    if info == 31 and 2 <= major <= 5:
+        raise FormatError("cbor: expected a definite length", code="cbor.not_deterministic")
+    if info > 27:
+        raise FormatError(f"cbor: expected no reserved head, got {info}", code="cbor.malformed")
+    if major == 7:
+        return _read_simple(data, offset, info)
+    number = info
+    if info >= 24:
+        size = 1 << (info - 24)
+        number = int.from_bytes(_take(data, offset, size), "big")
+        offset += size
+    match major:
+        case 0:
+            return number, offset
+        case 1:
+            return -1 - number, offset
+        case 2:
+            return _take(data, offset, number), offset + number
+        case 3:
+            try:
+                return _take(data, offset, number).decode(), offset + number
+            except UnicodeDecodeError as err:
+                raise FormatError("cbor: expected UTF-8", code="cbor.malformed") from err
+        case 6:
+            value, offset = _read(data, offset, depth + 1)
+            return cbor2.CBORTag(number, value), offset
+    _take(data, offset, number)  # an item has at least one byte: no count can ask for more than came
+    items = []
+    for _ in range(number if major == 4 else 2 * number):
+        item, offset = _read(data, offset, depth + 1)
+        items.append(item)
+    if major == 4:
+        return items, offset
+    keys = items[::2]
+    if any(isinstance(key, bool) or not isinstance(key, str | int) for key in keys):
+        raise FormatError("cbor: expected map keys of type str or int", code="cbor.type")
+    return dict(zip(keys, items[1::2], strict=True)), offset
+
+
+def _read_simple(data: bytes, offset: int, info: int) -> tuple[float | bool | None, int]:
+    if info in _SIMPLE:
+        return _SIMPLE[info], offset
+    if info not in _FLOATS:
+        raise FormatError(f"cbor: expected false, true, null or a float, got {info}", code="cbor.type")
+    size = struct.calcsize(_FLOATS[info])
+    return struct.unpack(_FLOATS[info], _take(data, offset, size))[0], offset + size
+
+
+def _take(data: bytes, offset: int, count: int) -> bytes:
+    if count > len(data) - offset:
+        message = f"cbor: expected {count} bytes at offset {offset}, got {len(data) - offset}"
+        raise FormatError(message, code="cbor.malformed")
+    return data[offset : offset + count]
 
 
 def fields(value: object, what: str, **types: type | tuple[type, ...]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def parse_passport(data: bytes) -> Passport:
     if not isinstance(value, CBORTag) or value.tag != PASSPORT_TAG:
         raise FormatError(f"passport: expected CBOR tag {PASSPORT_TAG}", code="passport.tag")
     parts = value.value
-    if not isinstance(parts, list | tuple) or len(parts) != 2:  # cbor2 6 gives tuples inside tags
+    if not isinstance(parts, list) or len(parts) != 2:
         raise FormatError("passport: expected [quote, claims]", code="passport.form")
     return Passport(quote=_blob(parts[0], "quote"), claims=_blob(parts[1], "claims"))
 
