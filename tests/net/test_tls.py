@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from net_helpers import Identity, make_identity
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 
 from countermark.errors import ChannelError
 from countermark.wire import tls
@@ -129,6 +129,22 @@ def test_garbage_and_early_end_are_tls_errors() -> None:
         right.close()
         with pytest.raises(OSError):
             client.handshake()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("field", "value"), [(b"\xa0\x03\x02\x01", b"\x03"), (b"\x17\x0d", b"9999")])
+def test_a_certificate_that_only_openssl_reads_is_refused(identity: Identity, field: bytes, value: bytes) -> None:
+    """Version 4, and a time that is none: OpenSSL finishes the handshake, cryptography raises what it likes."""
+    bent = bytearray(identity.certificate)
+    at = bent.index(field) + len(field)
+    bent[at : at + len(value)] = value
+    context = tls.server_context(private_key=identity.key, certificate=identity.certificate)
+    context.use_certificate(crypto.load_certificate(crypto.FILETYPE_ASN1, bytes(bent)))
+    _, client = both_ends(identity, server_context=context)
+    for read in (client.facts, lambda: tls.spki_digest(bytes(bent))):
+        with pytest.raises(ChannelError) as caught:
+            read()
+        assert caught.value.code == "channel.certificate"
 
 
 def test_key_and_certificate_must_belong_together(identity: Identity) -> None:

@@ -38,6 +38,8 @@ MAX_HANDSHAKE_BYTES: Final = 64 * 1024
 MAX_UNSENT_BYTES: Final = 1024 * 1024
 """A peer that makes us answer (key updates) without reading the answers is cut off here."""
 _RECORD_BYTES: Final = 16 * 1024
+_UNREADABLE: Final = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What cryptography raises for certificates, some of which OpenSSL lets a peer show."""
 _CIPHERS: Final = b"TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
 
 
@@ -67,7 +69,7 @@ def server_context(*, private_key: bytes, certificate: bytes) -> SSL.Context:
         context.use_privatekey(key)
         context.use_certificate(x509.load_der_x509_certificate(certificate))
         context.check_privatekey()
-    except (ValueError, TypeError, UnsupportedAlgorithm, SSL.Error) as err:
+    except (*_UNREADABLE, SSL.Error) as err:
         raise ChannelError(
             f"tls: expected a key and its certificate, got {type(err).__name__}", code="channel.certificate"
         ) from err
@@ -87,10 +89,14 @@ def spki_digest(certificate: bytes) -> bytes:
     """SHA-256 of the SubjectPublicKeyInfo (DER) of a DER certificate. Raises `ChannelError` (`channel.certificate`)."""
     try:
         key = x509.load_der_x509_certificate(certificate).public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
-        raise ChannelError(f"certificate: {type(err).__name__}", code="channel.certificate") from err
+    except _UNREADABLE as err:
+        raise _bad_certificate(err) from err
     spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).digest()
+
+
+def _bad_certificate(err: Exception) -> ChannelError:
+    return ChannelError(f"certificate: expected X.509, got {type(err).__name__}", code="channel.certificate")
 
 
 def _context(method: int) -> SSL.Context:
@@ -173,7 +179,10 @@ class TlsEndpoint:
             )
         peer = b""
         if not self._server:
-            shown = self._tls.get_peer_certificate(as_cryptography=True)
+            try:
+                shown = self._tls.get_peer_certificate(as_cryptography=True)
+            except _UNREADABLE as err:
+                raise _bad_certificate(err) from err
             if shown is None:
                 raise ChannelError("certificate: expected one, got none", code="channel.certificate")
             peer = shown.public_bytes(serialization.Encoding.DER)
