@@ -2,8 +2,8 @@
 
 The queue is bounded: `submit` refuses (`engine.busy`) rather than let a request wait without end. A step that fails is
 repeated one sequence at a time, so that only the sequence whose own numbers fail (the profile knows no NaN and no
-infinity) or that finds no memory ends with `error`; repeating is exact, because a step writes the same bits to the same cache positions. Sinks
-run on this thread and must not block.
+infinity) or that finds no memory ends with `error`; repeating is exact, because a step writes the same bits to the same
+cache positions. Sinks run on this thread and must not block.
 """
 
 from __future__ import annotations
