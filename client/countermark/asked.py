@@ -25,7 +25,9 @@ class Asked:
 
     nonce: bytes
     model: str
-    prompt: bytes  # `formats.records.encode_input`
+    prompt: bytes  # `formats.records.encode_input` of the input:
+    text: str | None  # a raw prompt, or
+    messages: tuple[tuple[str, str], ...] | None  # (role, content) pairs
     settings: dict[str, object]
 
 
@@ -38,8 +40,14 @@ def parse_request(data: bytes) -> Asked:
         message = codec.parse_generate_request(data)
     except RequestError as err:  # the same bytes, but here they come from a bundle: not the caller's own mistake
         raise FormatError(str(err), code=err.code) from err
+    raw = message.WhichOneof("input") == "prompt"
     return Asked(
-        nonce=message.nonce, model=message.model, prompt=codec.input_value(message), settings=_settings(message)
+        nonce=message.nonce,
+        model=message.model,
+        prompt=codec.input_value(message),
+        text=message.prompt if raw else None,
+        messages=None if raw else tuple((turn.role, turn.content) for turn in message.chat.messages),
+        settings=_settings(message),
     )
 
 

@@ -12,7 +12,8 @@ steps continue the appraisal's numbers:
 18 INTENT and OUTCOME stand in one log that grew from the attested head and the accepted checkpoint
 
 Not checked here: that prompt and text are what their tokens spell, that the tokens are what the model gives, and that a
-stop string was reached: replay does all of that, with the weights. Witness cosignatures: without them a log shown only to us cannot be told from the one shown to others.
+stop string was reached: replay does all of that, with the weights. Witness cosignatures: without them a log shown only
+to us cannot be told from the one shown to others.
 """
 
 from __future__ import annotations

@@ -4,8 +4,15 @@ The client has no engine: whoever can execute a numerics profile registers a loa
 `countermark.runners` (name: the profile id; value: `load_runner(weights_dir: Path) -> Runner`). `Runner` uses plain
 types only, so an engine satisfies it without importing this module.
 
-Only a checked receipt is replayed. What is compared: token ids, and a fingerprint of all logits at each position. Not
-checked here: that the runner is what it says; a replay shows the result to whoever runs it.
+Only a checked receipt is replayed. Compared, in this order, up to the first difference:
+
+1 what the record says of the weights' own files (tokenizer, chat template, names, stop tokens) with the weights
+2 prompt: the recorded input, assembled again, gives the recorded token ids
+3 output: token ids, and a fingerprint of all logits at each position
+4 end: the answer ends at its last token, for the recorded reason, and not before
+5 text: it is what the tokens spell
+
+Not checked here: that the runner is what it says; a replay shows the result to whoever runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +25,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from countermark.errors import ReplayDiverged, Undecidable, WeightsError
+from countermark.asked import parse_request
+from countermark.errors import FormatError, ReplayDiverged, RequestError, Undecidable, WeightsError
 from countermark.formats.records import Stack
 from countermark.receipt import CheckedReceipt
 from countermark.verify import Verification
@@ -45,6 +53,23 @@ class Runner(Protocol):
         """What this machine is: `kernel_digest` (hex), `engine`, `torch`, `cpu`, `backend`, `gpus`; `image_id` (hex)
         only where the code runs inside a measured image."""
 
+    @property
+    def artefact(self) -> Mapping[str, object]:
+        """What the weights' own files say: `model`, `quantisation`: str; `manifest_digest`, `tokenizer_digest`,
+        `chat_template_digest`: bytes; `stop_tokens`: tuple of the end-of-sequence ids."""
+
+    def assemble(self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None) -> tuple[int, ...]:
+        """The token ids of an input: a raw prompt, or (role, content) pairs under the chat template.
+
+        Raises `RequestError` on an input that cannot be served.
+        """
+
+    def spell(
+        self, output_tokens: tuple[int, ...], max_tokens: int, stop: tuple[str, ...], ignore_eos: bool
+    ) -> tuple[str, str | None, int]:
+        """What an output reads and how it ends: the text, the finish reason (None: it is not over), and after how many
+        of the tokens."""
+
     def audit(
         self,
         prompt_tokens: tuple[int, ...],
@@ -70,6 +95,7 @@ class Runner(Protocol):
 
 
 KNOWN_PROFILES: Final = ("exact-v0",)
+_ARTEFACT: Final = ("model", "quantisation", "manifest_digest", "tokenizer_digest", "chat_template_digest")
 _RECORDED: Final = ("kernel_digest", "engine", "torch", "cpu", "backend", "gpus", "image_id")
 
 
@@ -87,10 +113,23 @@ class Equivalence(StrEnum):
     SAME_PROFILE = "same profile on other hardware"
 
 
+class Part(StrEnum):
+    """Of an answer, what came out differently; the value is the last part of the error's code."""
+
+    PROMPT = "prompt_tokens"
+    OUTPUT = "diverged"
+    END = "finish_reason"
+    TEXT = "text"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """The first difference. A token is None where one side had ended; the gap is None where it is not known."""
+    """The first difference. `position`: index of the token (of the prompt or the output), or of the character in TEXT.
 
+    A token is None where one side had ended, and in END and TEXT; the gap is None where it is not known.
+    """
+
+    part: Part
     position: int
     recorded_token: int | None
     local_token: int | None
@@ -112,16 +151,24 @@ class ReplayResult:
 
     @property
     def identical(self) -> bool:
-        """Every token and every fingerprint is as recorded."""
+        """Prompt, tokens, fingerprints, end and text are as recorded."""
         return self.divergence is None
 
     def require_identical(self) -> None:
-        """Raises `ReplayDiverged` (`replay.diverged`), saying where."""
-        if (at := self.divergence) is not None:
-            message = f"token {at.position}: expected {at.recorded_token}, as recorded, got {at.local_token}"
-            if at.recorded_token == at.local_token:
-                message = f"token {at.position}: same token, other logits (fingerprints differ)"
-            raise ReplayDiverged(message, code="replay.diverged")
+        """Raises `ReplayDiverged`, saying where: `replay.prompt_tokens`, `replay.diverged` (output tokens or
+        fingerprints), `replay.finish_reason`, `replay.text`."""
+        if (at := self.divergence) is None:
+            return
+        expected = f"expected {at.recorded_token}, as recorded, got {at.local_token}"
+        messages = {
+            Part.PROMPT: f"prompt token {at.position}: {expected}",
+            Part.OUTPUT: f"token {at.position}: {expected}",
+            Part.END: f"token {at.position}: expected the recorded end, got another one",
+            Part.TEXT: f"text: expected what the tokens spell, got another character at {at.position}",
+        }
+        if at.part is Part.OUTPUT and at.recorded_token == at.local_token:
+            messages[Part.OUTPUT] = f"token {at.position}: same token, other logits (fingerprints differ)"
+        raise ReplayDiverged(messages[at.part], code=f"replay.{at.part.value}")
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready dict with stable keys."""
@@ -147,18 +194,23 @@ def load_runner(profile: str, weights_dir: Path) -> Runner:
         message = f"profile {profile!r:.60}: retired, or newer than this version (known: {', '.join(KNOWN_PROFILES)})"
         raise Undecidable(message, code="replay.profile_retired")
     found = tuple(entry_points(group="countermark.runners", name=profile))
-    if not found:
-        message = f"profile {profile}: no engine is installed; pip install 'countermark[appliance]'"
-        raise Undecidable(message, code="replay.no_runner")
-    runner: Runner = found[0].load()(weights_dir)
+    try:
+        if not found:
+            raise ImportError(f"nothing is registered for {profile}")
+        load = found[0].load()
+    except ImportError as err:  # registered by this very distribution, but its extra is not installed
+        message = f"profile {profile}: no engine is installed ({err}); pip install 'countermark[appliance]'"
+        raise Undecidable(message, code="replay.no_runner") from err
+    runner: Runner = load(weights_dir)
     return runner
 
 
 def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode | str = Mode.AUDIT) -> ReplayResult:
-    """Run a verified answer again and compare token ids and fingerprints, up to the first difference.
+    """Run a verified answer again and compare, up to the first difference; in the order the module's docstring gives.
 
-    Raises `WeightsError` (`replay.weights_root`: the runner has other weights), `Undecidable`: `replay.profile` (the
-    runner executes another profile), `replay.hardware` (the profile promises nothing across machines).
+    Raises `WeightsError` (`replay.weights_root`: the runner has other weights; `replay.artefact`: the record says of
+    these weights what is not so), `Undecidable`: `replay.profile` (the runner executes another profile),
+    `replay.hardware` (the profile promises nothing across machines); `FormatError` on a record that cannot be run.
     """
     mode = Mode(mode)
     receipt = verified.receipt if isinstance(verified, Verification) else verified
@@ -175,15 +227,64 @@ def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode |
     if not same and "hardware" not in stack.claims:
         message = f"profile {stack.profile}: promises the same bits on the same stack only, and this is another"
         raise Undecidable(message, code="replay.hardware")
+    _check_artefact(receipt, runner)
     run = _audit if mode is Mode.AUDIT else _regenerate
     return ReplayResult(
         mode=mode,
         profile=stack.profile,
         positions=len(answer.tokens),
         equivalence=Equivalence.SAME_STACK if same else Equivalence.SAME_PROFILE,
-        divergence=run(receipt, runner),
+        divergence=_prompt(receipt, runner) or run(receipt, runner) or _spelled(receipt, runner),
         recorded=recorded,
         local=local,
+    )
+
+
+def _check_artefact(receipt: CheckedReceipt, runner: Runner) -> None:
+    intent, facts = receipt.intent, runner.artefact
+    recorded = {name: getattr(intent.stack, name) for name in _ARTEFACT}
+    recorded["stop_tokens"] = intent.stop_tokens
+    for name, value in recorded.items():
+        local = () if name == "stop_tokens" and intent.ignore_eos else facts[name]
+        if value != local:
+            raise WeightsError(
+                f"{name}: expected {local!r:.100} of these weights, got {value!r:.100} in the record",
+                code="replay.artefact",
+            )
+
+
+def _prompt(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
+    asked = parse_request(receipt.accepted.request)
+    try:
+        local = runner.assemble(asked.text, asked.messages)
+    except RequestError as err:
+        raise FormatError(f"prompt: expected one that can be served: {err}", code="replay.prompt") from err
+    for position, (theirs, ours) in enumerate(zip_longest(receipt.accepted.acceptance.prompt_tokens, local)):
+        if theirs != ours:
+            return _elsewhere(Part.PROMPT, position, theirs, ours)
+    return None
+
+
+def _spelled(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
+    intent, answer = receipt.intent, receipt.answer
+    text, reason, count = runner.spell(answer.tokens, intent.max_tokens, intent.stop, intent.ignore_eos)
+    if (reason, count) != (receipt.outcome.finish_reason, len(answer.tokens)):
+        return _elsewhere(Part.END, count - 1)
+    if text != answer.text:
+        pairs = enumerate(zip_longest(text, answer.text))
+        return _elsewhere(Part.TEXT, next(i for i, (ours, theirs) in pairs if ours != theirs))
+    return None
+
+
+def _elsewhere(part: Part, position: int, recorded: int | None = None, local: int | None = None) -> Divergence:
+    """A difference outside the model's own output."""
+    return Divergence(
+        part=part,
+        position=position,
+        recorded_token=recorded,
+        local_token=local,
+        fingerprint_equal=True,
+        logit_gap=None,
     )
 
 
@@ -206,12 +307,11 @@ def _sampling(receipt: CheckedReceipt) -> Mapping[str, object]:
 
 def _audit(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
     answer, prompt = receipt.answer, receipt.accepted.acceptance.prompt_tokens
-    if not answer.tokens:
-        return None
     found = runner.audit(prompt, answer.tokens, answer.fingerprints, _sampling(receipt))
     if found is None:
         return None
     return Divergence(
+        part=Part.OUTPUT,
         position=int(found["position"]),
         recorded_token=int(found["recorded_token"]),
         local_token=int(found["local_token"]),
@@ -231,6 +331,7 @@ def _regenerate(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
     for position, (theirs, ours) in enumerate(zip_longest(recorded, local, fillvalue=(None, None))):
         if theirs != ours:
             return Divergence(
+                part=Part.OUTPUT,
                 position=position,
                 recorded_token=theirs[0],
                 local_token=ours[0],

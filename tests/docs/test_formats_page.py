@@ -22,6 +22,7 @@ from countermark.formats import boot_events, evidence, manifest, quote, receipt,
 from countermark.formats.evidence import Evidence
 from countermark.policy import Profile, encode_policy, new_policy
 from countermark.policy import toml as policy_file
+from countermark.replay import Part
 from countermark.tlog import checkpoint, merkle
 from countermark.wire import codec, tls
 from countermark.wire import countermark_v1_pb2 as pb
@@ -46,6 +47,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         f"claims.{name}"
         for name in ("purpose", "nonce", "exporter", "tls_spki", "image_id", "weights_root", "config", "keys")
     ),
+    "replay.{at.part.value}": tuple(f"replay.{part.value}" for part in Part),
     "endorsements.{code}": tuple(f"endorsements.{reason}" for reason in CHAIN),
     "quote.{code}": tuple(f"quote.{reason}" for reason in CHAIN),
     "gpu.{code}": (

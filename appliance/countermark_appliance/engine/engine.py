@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from countermark.errors import RequestError
-from countermark_appliance.engine.chat import ChatTemplate
+from countermark_appliance.engine.assembler import Assembler
 from countermark_appliance.engine.loop import Loop
 from countermark_appliance.engine.model import Model
 from countermark_appliance.engine.request import Handle, Prepared, Request, Sink
@@ -71,7 +71,7 @@ class Engine:
         config = artefact.config
         self._config = config
         self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=config.vocab)
-        self._template = chat_template(artefact, self._tokenizer)
+        self._assembler = Assembler(artefact, self._tokenizer)
         self._model = Model(artefact)
         digest = self_test(self._model)
         self.info = EngineInfo(
@@ -115,7 +115,7 @@ class Engine:
             seed=request.seed,
         )
         _check_stop(request.stop)
-        tokens = self._prompt_tokens(request)
+        tokens = self._assembler.tokens(prompt=request.prompt, messages=request.messages)
         ignore_eos = bool(request.ignore_eos)
         return Prepared(
             request=request,
@@ -142,29 +142,6 @@ class Engine:
         """End every request with `shutdown` and stop the thread. Idempotent."""
         self._loop.close()
 
-    def _prompt_tokens(self, request: Request) -> list[int]:
-        context = self._config.context
-        if (request.prompt is None) == (request.messages is None):
-            raise RequestError("input: expected either messages or a prompt", code="request.input")
-        texts = (request.prompt,) if request.prompt is not None else tuple(m.content for m in request.messages or ())
-        if not texts or not texts[-1]:
-            raise RequestError("prompt: expected text, got none", code="request.prompt_empty")
-        if not self._tokenizer.fits("".join(texts), context):
-            raise RequestError(
-                f"prompt: expected fewer than {context} tokens, got {sum(map(len, texts))} characters",
-                code="request.prompt_too_long",
-            )
-        if request.messages is not None:
-            tokens = self._template.encode(request.messages)
-        else:
-            first = [self._config.bos_id] if self._config.add_bos and self._config.bos_id is not None else []
-            tokens = first + self._tokenizer.encode(request.prompt or "")
-        if len(tokens) >= context:
-            raise RequestError(
-                f"prompt: expected fewer than {context} tokens, got {len(tokens)}", code="request.prompt_too_long"
-            )
-        return tokens
-
     def _max_tokens(self, wanted: int | None, prompt: int) -> int:
         room = self._config.context - prompt
         if wanted is None:
@@ -175,15 +152,6 @@ class Engine:
                 code="request.max_tokens",
             )
         return wanted
-
-
-def chat_template(artefact: Artefact, tokenizer: Tokenizer) -> ChatTemplate:
-    """The artefact's template, with the names it may use for the model's own special tokens."""
-    by_id = {number: text for text, number in tokenizer.special.items()}
-    config = artefact.config
-    ids = {"bos_token": config.bos_id, "eos_token": next(iter(config.eos_ids), None)}
-    names = {name: by_id[number] for name, number in ids.items() if number is not None and number in by_id}
-    return ChatTemplate(artefact.chat_template, tokenizer, special_names=names)
 
 
 def engine_version() -> str:

@@ -2,8 +2,9 @@
 
 Audit works because prefill equals decode in the exact profile: the logits of every position come out of one pass over
 prompt and output, and at each position the profile's own sampler must pick the recorded token and the fingerprint must
-be the recorded one. Satisfies `countermark.replay.Runner` structurally; plain types only. Not checked here: that the
-record is genuine; the caller has verified it.
+be the recorded one. `assemble` and `spell` redo what happened before and after the model: input to ids, ids to text and
+end, by the code that served them. Satisfies `countermark.replay.Runner` structurally; plain types only. Not checked
+here: that the record is genuine; the caller has verified it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from countermark.errors import FormatError
 from countermark_appliance.engine import weights
+from countermark_appliance.engine.assembler import Assembler
 from countermark_appliance.engine.draw import Row, draw
 from countermark_appliance.engine.engine import cpu_model, engine_version
 from countermark_appliance.engine.model import Chunk, Model
+from countermark_appliance.engine.request import Message
 from countermark_appliance.engine.sampling import ResolvedSampling
 from countermark_appliance.engine.selftest import self_test
-from countermark_appliance.engine.text import TextStream
+from countermark_appliance.engine.text import Output
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_appliance.engine.weights import Artefact
 from countermark_kernels import PROFILE, kernel_digest, launch
@@ -48,6 +51,7 @@ class ExactRunner:
     def __init__(self, artefact: Artefact) -> None:
         self._artefact = artefact
         self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=artefact.config.vocab)
+        self._assembler = Assembler(artefact, self._tokenizer)
         self._model = Model(artefact)
         self_test(self._model)
 
@@ -69,6 +73,37 @@ class ExactRunner:
             "backend": launch.backend(),
             "gpus": "",
         }
+
+    @property
+    def artefact(self) -> Mapping[str, object]:
+        return {
+            "model": self._artefact.config.name,
+            "quantisation": self._model.quantisation,
+            "manifest_digest": self._artefact.manifest_digest,
+            "tokenizer_digest": self._artefact.tokenizer_digest,
+            "chat_template_digest": self._artefact.template_digest,
+            "stop_tokens": tuple(self._artefact.config.eos_ids),
+        }
+
+    def assemble(self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None) -> tuple[int, ...]:
+        """The prompt's token ids. Raises `RequestError` with code `request.<field>` on an input nobody would serve."""
+        turns = None if messages is None else tuple(Message(role=role, content=text) for role, text in messages)
+        return tuple(self._assembler.tokens(prompt=prompt, messages=turns))
+
+    def spell(
+        self, output_tokens: tuple[int, ...], max_tokens: int, stop: tuple[str, ...], ignore_eos: bool
+    ) -> tuple[str, str | None, int]:
+        """Text, finish reason (None: not over) and how many of the tokens belong to the answer."""
+        self._check_ids(output_tokens)
+        output = self._output(max_tokens, stop, ignore_eos)
+        text: list[str] = []
+        for token in output_tokens:
+            text.append(output.push(token))
+            if output.end is not None:
+                break
+        else:
+            text.append(output.finish())
+        return "".join(text), output.end, output.count
 
     def audit(
         self,
@@ -111,12 +146,10 @@ class ExactRunner:
         """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
         tokens = self._checked(prompt_tokens, ())
         params = kernel_params(sampling, self._model.vocab)
-        stop_tokens = () if ignore_eos else self._artefact.config.eos_ids
-        limit = min(max_tokens, self._model.context - len(tokens))
-        text = TextStream(stop)
+        output = self._output(min(max_tokens, self._model.context - len(tokens)), stop, ignore_eos)
         cache, done = self._model.new_cache(), 0
         marks: list[bytes] = []
-        while len(marks) < limit:
+        while output.end is None:
             end = min(done + PROMPT_STEP, len(tokens))
             chunk = Chunk(cache=cache, start=done, tokens=tokens[done:end], logits=int(end == len(tokens)))
             logits = self._model.forward([chunk])
@@ -127,9 +160,7 @@ class ExactRunner:
             (token,), (mark,) = draw(logits, rows)
             tokens.append(token)
             marks.append(mark)
-            text.push(self._tokenizer.token_bytes(token))
-            if token in stop_tokens or text.stopped:
-                break
+            output.push(token)
         return tuple(tokens[len(prompt_tokens) :]), tuple(marks)
 
     def _teacher_forced(self, tokens: list[int], prompt: int) -> Iterator[tuple[int, Tensor]]:
@@ -148,11 +179,18 @@ class ExactRunner:
     def _checked(self, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
         tokens = [*prompt, *output]
         room = self._model.context
-        if not prompt or len(tokens) > room or not all(0 <= t < self._model.vocab for t in tokens):
-            raise FormatError(
-                f"tokens: expected a prompt, at most {room} tokens, ids below {self._model.vocab}", code="replay.tokens"
-            )
+        if not prompt or len(tokens) > room:
+            raise FormatError(f"tokens: expected a prompt and at most {room} tokens", code="replay.tokens")
+        self._check_ids(tokens)
         return tokens
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        if not all(0 <= token < self._model.vocab for token in tokens):
+            raise FormatError(f"tokens: expected ids below {self._model.vocab}", code="replay.tokens")
+
+    def _output(self, max_tokens: int, stop: tuple[str, ...], ignore_eos: bool) -> Output:
+        stop_tokens = () if ignore_eos else self._artefact.config.eos_ids
+        return Output(self._tokenizer, stop=stop, stop_tokens=stop_tokens, max_tokens=max_tokens)
 
 
 def kernel_params(sampling: Mapping[str, Any], vocab: int) -> SamplerParams:

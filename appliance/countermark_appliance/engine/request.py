@@ -83,7 +83,7 @@ class DoneEvent:
 
     `output_tokens`: every sampled id, the end-of-sequence token included; the concatenation of all `TokensEvent.ids`.
     `text`: the concatenation of all `TokensEvent.text`; ends before the stop string, if one was found.
-    `fingerprints`: 16 bytes for each output token: two 64-bit lanes, big-endian. Times are UTC seconds since 1970.
+    `fingerprints`: 16 bytes for each output token: two 64-bit lanes, little-endian. Times are UTC seconds since 1970.
     `detail`: for the operator's log when `reason` is error; never prompt or output.
     """
 

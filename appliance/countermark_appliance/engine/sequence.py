@@ -12,7 +12,7 @@ import time
 from countermark_appliance.engine.draw import Row
 from countermark_appliance.engine.model import Cache
 from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Sink, TokensEvent
-from countermark_appliance.engine.text import TextStream
+from countermark_appliance.engine.text import Output
 from countermark_appliance.engine.tokenizer import Tokenizer
 
 
@@ -28,10 +28,11 @@ class Sequence:
         self.cache: Cache | None = None
         self.done = False
         self._sink = sink
-        self._tokenizer = tokenizer
         self._deadline = deadline
         self._cancelled = False
-        self._text = TextStream(prepared.stop)
+        self._output = Output(
+            tokenizer, stop=prepared.stop, stop_tokens=prepared.stop_tokens, max_tokens=prepared.max_tokens
+        )
         self._released: list[str] = []
         self._fingerprints: list[bytes] = []
         self._first_token_time: float | None = None
@@ -63,19 +64,15 @@ class Sequence:
             self._first_token_time = time.time()
         self.tokens.append(token)
         self._fingerprints.append(fingerprint)
-        text = self._text.push(self._tokenizer.token_bytes(token))
-        reason = self._ending(token)
-        if reason is not None:
-            text += self._text.finish()
-        self._emit_tokens((token,), text)
-        if reason is not None:
-            self.finish(reason)
+        self._emit_tokens((token,), self._output.push(token))
+        if self._output.end is not None:
+            self.finish(self._output.end)
 
     def finish(self, reason: Finish, detail: str = "") -> None:
         """Emit what is still held back and the `DoneEvent`; let go of the cache. Does nothing the second time."""
         if self.done:
             return
-        rest = self._text.finish()
+        rest = self._output.finish()
         if rest:
             self._emit_tokens((), rest)
         if self.done:  # the sink failed just now
@@ -83,15 +80,6 @@ class Sequence:
         self.done = True
         self.cache = None
         self._emit(self._done_event(reason, detail))
-
-    def _ending(self, token: int) -> Finish | None:
-        if token in self.prepared.stop_tokens:
-            return Finish.EOS
-        if self._text.stopped:
-            return Finish.STOP
-        if len(self._fingerprints) == self.prepared.max_tokens:
-            return Finish.LENGTH
-        return None
 
     def _done_event(self, reason: Finish, detail: str) -> DoneEvent:
         return DoneEvent(

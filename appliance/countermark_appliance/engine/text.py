@@ -1,13 +1,53 @@
-"""Streaming text of one answer: bytes of tokens to characters, and stop strings that may span tokens.
+"""Streaming text of one answer: bytes of tokens to characters, stop strings that may span tokens, and the answer's end.
 
 Text is released as soon as it cannot change: an unfinished UTF-8 sequence and a tail that may become a stop string are
-held back. After every token the earliest complete stop string ends the text; the text stops before it.
+held back. After every token the earliest complete stop string ends the text; the text stops before it. `Output` is the
+one place that says when an answer is over and what it reads; the engine and a replay both ask it.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from countermark_appliance.engine.request import Finish
+from countermark_appliance.engine.tokenizer import Tokenizer
+
+
+class Output:
+    """One answer as its tokens come. `end`: why it is over, None while it is not.
+
+    The last token counts first: an end-of-sequence token, then a stop string, then the length.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: Sequence[str], stop_tokens: Collection[int], max_tokens: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop_tokens = stop_tokens
+        self._max_tokens = max_tokens
+        self._text = TextStream(stop)
+        self.count = 0
+        self.end: Finish | None = None
+
+    def push(self, token: int) -> str:
+        """Add one token; return the text that became certain, all of it if this ends the answer."""
+        self.count += 1
+        text = self._text.push(self._tokenizer.token_bytes(token))
+        if token in self._stop_tokens:
+            self.end = Finish.EOS
+        elif self._text.stopped:
+            self.end = Finish.STOP
+        elif self.count >= self._max_tokens:
+            self.end = Finish.LENGTH
+        return text if self.end is None else text + self.finish()
+
+    def finish(self) -> str:
+        """No token follows: the text that was held back."""
+        text = self._text.finish()
+        if self.end is Finish.LENGTH and self._text.stopped:
+            self.end = Finish.STOP
+        return text
 
 
 class TextStream:
@@ -26,18 +66,24 @@ class TextStream:
         self._held += self._decode(data)
         if not self._stop:
             return self._release(len(self._held))
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            return self._release(min(found))
-        return self._release(len(self._held) - self._undecided())
+        return self._before_stop() if self._stop_found() else self._release(len(self._held) - self._undecided())
 
     def finish(self) -> str:
-        """No token follows: return what was held back. An unfinished UTF-8 sequence becomes U+FFFD."""
+        """No token follows: return what was held back. An unfinished UTF-8 sequence becomes U+FFFD.
+
+        That character may complete a stop string, which then ends the text too.
+        """
         if self.stopped:
             return ""
         self._held += self._decode(b"", True)
-        return self._release(len(self._held))
+        return self._before_stop() if self._stop_found() else self._release(len(self._held))
+
+    def _stop_found(self) -> bool:
+        return any(stop in self._held for stop in self._stop)
+
+    def _before_stop(self) -> str:
+        self.stopped = True
+        return self._release(min(at for at in map(self._held.find, self._stop) if at >= 0))
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

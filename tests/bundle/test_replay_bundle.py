@@ -13,7 +13,18 @@ from countermark import replay as module
 from countermark.errors import CountermarkError, ReplayDiverged, Undecidable, WeightsError
 from countermark.replay import Equivalence, Mode, Runner, load_runner, replay
 from countermark.verify import Verification, verify_bundle
-from one_answer import FINGERPRINTS, KERNELS, NOW, OUTPUT_TOKENS, PROMPT_TOKENS, SAMPLING, WEIGHTS_ROOT, World
+from one_answer import (
+    FINGERPRINTS,
+    KERNELS,
+    NOW,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    SAMPLING,
+    STOP_TOKENS,
+    TEXT,
+    WEIGHTS_ROOT,
+    World,
+)
 
 
 class Memory:
@@ -25,6 +36,31 @@ class Memory:
         self.weights_root = WEIGHTS_ROOT
         self.environment: dict[str, str] = {"kernel_digest": "00", "cpu": "another"}
         self.given: list[object] = []
+        self.asked: object = None
+        self.prompt: tuple[int, ...] = PROMPT_TOKENS
+        self.spelled: tuple[str, str | None, int] = (TEXT, "eos", 3)
+        self.facts: dict[str, object] = {
+            "model": "tiny",
+            "quantisation": "int8",
+            "manifest_digest": bytes(32),
+            "tokenizer_digest": bytes(32),
+            "chat_template_digest": bytes(32),
+            "stop_tokens": STOP_TOKENS,
+        }
+
+    @property
+    def artefact(self) -> Mapping[str, object]:
+        return self.facts
+
+    def assemble(self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None) -> tuple[int, ...]:
+        self.asked = (prompt, messages)
+        return self.prompt
+
+    def spell(
+        self, output_tokens: tuple[int, ...], max_tokens: int, stop: tuple[str, ...], ignore_eos: bool
+    ) -> tuple[str, str | None, int]:
+        assert (output_tokens, max_tokens, stop, ignore_eos) == (OUTPUT_TOKENS, 8, ("\n\n",), False)
+        return self.spelled
 
     def audit(
         self,
@@ -136,6 +172,43 @@ def test_another_length_is_a_divergence(
     found = replay(verified, runner, "regenerate").divergence
     assert found is not None
     assert (found.recorded_token, found.local_token) == (recorded, local)
+
+
+def test_what_surrounds_the_model_is_compared_too(verified: Verification) -> None:
+    runner = Memory()
+    replay(verified, runner)
+    assert runner.asked == (None, (("user", "Which city is the capital of France?"),))
+    lies: list[tuple[str, object, str, int]] = [
+        ("prompt", (1, 17, 98, 4), "replay.prompt_tokens", 2),  # another prompt than was asked
+        ("prompt", PROMPT_TOKENS[:3], "replay.prompt_tokens", 3),  # something appended to it
+        ("spelled", ("Lyon..", "eos", 3), "replay.text", 0),
+        ("spelled", ("Paris", "eos", 3), "replay.text", 5),
+        ("spelled", ("Pari", None, 3), "replay.finish_reason", 2),  # cut short
+        ("spelled", (TEXT, "stop", 3), "replay.finish_reason", 2),
+        ("spelled", (TEXT, "eos", 2), "replay.finish_reason", 1),  # went on after its end
+    ]
+    for mode in Mode:
+        for name, value, code, position in lies:
+            runner = Memory()
+            setattr(runner, name, value)
+            result = replay(verified, runner, mode)
+            assert not result.identical
+            with pytest.raises(ReplayDiverged) as caught:
+                result.require_identical()
+            assert caught.value.code == code
+            assert result.divergence is not None
+            assert result.divergence.position == position
+            assert json.loads(json.dumps(result.as_json()))["divergence"]["part"] == code.removeprefix("replay.")
+
+
+def test_a_record_that_misdescribes_its_weights(verified: Verification) -> None:
+    for name in Memory().facts:
+        runner = Memory()
+        runner.facts[name] = (3,) if name == "stop_tokens" else None
+        with pytest.raises(WeightsError) as caught:
+            replay(verified, runner)
+        assert caught.value.code == "replay.artefact"
+        assert runner.given == []
 
 
 def test_other_weights_and_other_profiles_are_not_run(verified: Verification) -> None:
