@@ -96,6 +96,17 @@ static inline i8x f8_to_int(f8 x) {
     return __builtin_convertvector(x, i8x);
 #endif
 }
+/* Whether any lane is not zero. */
+static inline bool i8_any(i8x v) {
+#if defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+    int32_t any = 0;
+    for (int i = 0; i < LANES; i++)
+        any |= v[i];
+    return any != 0;
+#endif
+}
 static inline int32_t i8_max_across(i8x v) {
     int32_t m = v[0];
     for (int i = 1; i < LANES; i++)
