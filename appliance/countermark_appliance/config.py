@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from countermark.errors import ConfigError
+from countermark.formats.schema import MAX_TEXT
 
 MAX_BYTES = 64 * 1024
 _OPERATOR = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
@@ -69,7 +70,7 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         raise ConfigError(f"config: expected at most {MAX_BYTES} bytes, got {len(data)}", code="config.too_long")
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+    except (ValueError, RecursionError) as err:  # ValueError: bad TOML, bad UTF-8, an integer of 5000 digits
         raise ConfigError(f"config: expected TOML: {err}", code="config.malformed") from err
     values = _flatten(document)
     host, port = parse_address(values["listen"])
@@ -131,5 +132,8 @@ def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
             value = given.get(key, default)
             if key in given and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise ConfigError(f"{table}.{key}: got {type(value).__name__}", code="config.value")
+            if isinstance(value, str) and not (len(value) <= MAX_TEXT and value.isprintable()):
+                message = f"{table}.{key}: expected at most {MAX_TEXT} printable characters"
+                raise ConfigError(message, code="config.value")
             values[f"{table}.{key}" if key == "dir" else key] = value
     return values

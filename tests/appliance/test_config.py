@@ -52,6 +52,10 @@ def test_paths_are_relative_to_the_file_and_defaults_resolved(tmp_path: Path) ->
         (b":9000", b"", "config.address"),
         (b"[node]", b"[node", "config.malformed"),
         (b"[node]", b"\xff[node]", "config.malformed"),
+        (b"threads = 2", b"threads = " + b"1" * 5000, "config.malformed"),
+        (b"threads = 2", b"threads = " + b"[" * 50_000, "config.malformed"),
+        (b'dir = "log"', rb'dir = "log\u0000"', "config.value"),
+        (b"[log]", b'[record]\ndeployer_id = "' + b"x" * 4097 + b'"\n[log]', "config.value"),
     ],
 )
 def test_refused_by_code(old: bytes, new: bytes, code: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from countermark.policy.value import (
 VERSION: Final = 1
 MAX_BYTES: Final = 8 * 1024 * 1024
 MAX_ITEMS: Final = 1024
+MAX_TIME: Final = 253_402_300_799
 _SIMULATED: Final = "simulated:"
 
 
@@ -103,7 +104,10 @@ def _hex(text: str, size: int, name: str) -> bytes:
 def _unix(moment: datetime, name: str) -> int:
     if moment.tzinfo is None:
         raise PolicyError(f"{name}: expected a time with an offset such as Z, got {moment}", code="policy.value")
-    return int(moment.timestamp())
+    seconds = int(moment.timestamp())
+    if not 0 <= seconds <= MAX_TIME:  # beyond it, or before it, an offset leads to years that no file can name
+        raise PolicyError(f"{name}: expected a time in the years 1970 to 9999, got {moment}", code="policy.value")
+    return seconds
 
 
 def _root(table: _Table, key: str, vendor: str, digest: bytes) -> bytes:

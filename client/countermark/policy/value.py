@@ -143,6 +143,9 @@ def _check(policy: Policy) -> None:
             raise _refuse(f"{name}: expected {low} to {high}, got {value}", "value")
     if policy.gpu_mode not in ("cc-on", "protected-pcie"):
         raise _refuse(f"gpu.mode: expected cc-on or protected-pcie, got {policy.gpu_mode}", "value")
+    for profile in policy.numerics:
+        if not (profile.isascii() and profile.isprintable()):
+            raise _refuse(f"model.numerics: expected printable ASCII, got {profile!a}", "value")
     for status in policy.accepted_statuses:
         if status.name not in ACCEPTABLE_STATUSES:
             raise _refuse(f"tdx.accept_status.{status.name}: expected one of {ACCEPTABLE_STATUSES}", "value")
