@@ -260,12 +260,12 @@ def platform_ca(name: str) -> Issued:
     return issue(name, good().vendor.root, **times, curve=ec.SECP256R1(), ca=True, path_length=0)
 
 
-def report_without_driver() -> Verdict:
+def report_without(kind: spdm.OpaqueType) -> Verdict:
     key = good().gpus[0].device.key
 
     def bend(item: GpuEvidence) -> GpuEvidence:
         report = spdm.parse_report(item.report)
-        kept = tuple(record for record in report.opaque if record.kind != spdm.OpaqueType.DRIVER_VERSION)
+        kept = tuple(record for record in report.opaque if record.kind != kind)
         part = spdm.encode_signed_part(replace(report, opaque=kept))
         return replace(item, report=part + intel.sign_raw(key, part))
 
@@ -688,7 +688,7 @@ ROWS: list[Row] = [
     ("TLS key not the claimed one", "7", "claims.tls_key", other_tls_key),
     ("TLS key off its curve", "7", "cose_key.public", key_off_its_curve),
     # 8 GPUs
-    ("GPU report without a driver version", "8", "gpu.field", report_without_driver),
+    ("GPU report without a driver version", "8", "gpu.field", lambda: report_without(spdm.OpaqueType.DRIVER_VERSION)),
     ("GPU certificates from the future", "8", "gpu.not_yet_valid", future_gpu),
     ("GPU evidence missing", "8", "gpu.missing", lambda: Scene(gpus=lambda _p, _n: ()).appraise()),
     ("fewer GPUs than the policy says", "8", "gpu.count", lambda: policy(gpu_count=2)),
@@ -736,6 +736,8 @@ ROWS: list[Row] = [
         "gpu.mode",
         lambda: launch(gpu_mode=GpuMode.CC_PROTECTED_PCIE),
     ),
+    ("GPU in another mode than the driver said", "8", "gpu.mode", lambda: gpu(protected_pcie=True)),
+    ("GPU report without a mode", "8", "gpu.field", lambda: report_without(spdm.OpaqueType.PROTECTED_PCIE_STATUS)),
     ("GPU developer tools on", "8", "gpu.devtools", lambda: launch(gpu_devtools=True)),
     (
         "another GPU measured",

@@ -17,7 +17,7 @@ from cryptography import x509
 from countermark import x509chain
 from countermark.errors import GpuError, Undecidable
 from countermark.formats import spdm
-from countermark.formats.boot_events import GpuIdentity
+from countermark.formats.boot_events import GpuIdentity, GpuMode
 from countermark.formats.evidence import Evidence, GpuEvidence, gpu_digest
 from countermark.formats.report_data import Claims, GpuFreshness, gpu_nonce
 from countermark.formats.spdm import Report
@@ -89,6 +89,10 @@ def appraise_gpus(
             raise _refuse(f"GPU mode: expected {policy.gpu_mode}, got {gpu.mode}", "mode")
         if gpu.devtools:
             raise _refuse("GPU developer tools: expected off, got on", "devtools")
+    protected = policy.gpu_mode == GpuMode.CC_PROTECTED_PCIE.value
+    for reported in gpus:  # RTMR3 has what the driver said at boot; this is what the GPU itself signed
+        if reported.protected_pcie is not protected:
+            raise _refuse(f"GPU mode: expected {policy.gpu_mode}, as in RTMR3; its own report differs", "mode")
     if policy.gpu_root == NVIDIA_DEVICE_ROOT:
         message = "GPU measurements: expected NVIDIA's reference manifests (RIM) to compare with, got none"
         raise Undecidable(message, code="gpu.rim_missing", step="8")

@@ -25,12 +25,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from countermark import x509chain
 from countermark.errors import GpuError
-from countermark.formats.spdm import Report, signed_part
+from countermark.formats.spdm import STATUS_DISABLED, STATUS_ENABLED, OpaqueType, Report, signed_part
 
 DICE_FWID: Final = x509.ObjectIdentifier("2.23.133.5.4.1")
 # SEQUENCE { OID sha384, OCTET STRING (48) }: how the extension's value ends, before the 48 bytes of the FWID.
 _FWID_HEAD: Final = bytes.fromhex("303d06096086480165030402020430")
 _FWID_BYTES: Final = 48
+_PROTECTED_PCIE: Final = {bytes((STATUS_ENABLED,)): True, bytes((STATUS_DISABLED,)): False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,7 @@ class Gpu:
     name: str
     driver_version: str
     vbios_version: str
+    protected_pcie: bool
     fwid: bytes
     measurements: int
 
@@ -60,7 +62,7 @@ def spki_digest(certificate: x509.Certificate) -> bytes:
 def verify_report(
     data: bytes, report: Report, chain: Sequence[x509.Certificate], *, root: bytes, nonce: bytes, now: int
 ) -> Gpu:
-    """Step 8 for one GPU: 1 chain to the pinned root, 2 signature, 3 nonce, 4 FWID, 5 protected PCIe off.
+    """Step 8 for one GPU: 1 chain to the pinned root, 2 signature, 3 nonce, 4 FWID, 5 driver, VBIOS, PCIe mode stated.
 
     `report` is `parse_report(data)`; `chain` is leaf first, root last. Raises `GpuError` with step 8: `gpu.root`,
     `gpu.short`, `gpu.ca`, `gpu.chain_signature`, `gpu.not_yet_valid`, `gpu.expired`, `gpu.signature`, `gpu.nonce`,
@@ -80,12 +82,17 @@ def verify_report(
     driver, vbios = report.driver_version, report.vbios_version
     if driver is None or vbios is None:
         raise GpuError("GPU report: expected driver and VBIOS versions, got none", code="gpu.field", step="8")
+    status = report.find(OpaqueType.PROTECTED_PCIE_STATUS)
+    if status not in _PROTECTED_PCIE:
+        message = f"GPU protected PCIe status: expected on or off, got {status.hex() if status else 'none'}"
+        raise GpuError(message, code="gpu.field", step="8")
     return Gpu(
         key=spki_digest(leaf),
         chip=spki_digest(chain[1]),
         name=x509chain.name(leaf),
         driver_version=driver,
         vbios_version=vbios,
+        protected_pcie=_PROTECTED_PCIE[status],
         fwid=fwid,
         measurements=len(report.measurements),
     )
