@@ -21,7 +21,7 @@ from typing import Any, Final, Self
 import grpc
 from google.protobuf.message import DecodeError
 
-from countermark.appraise import Scope, Verdict, appraise
+from countermark.appraise import Scope, TimeBasis, Verdict, appraise
 from countermark.binding import Connection
 from countermark.bundle import Bundle, write_bundle
 from countermark.channel import Channel
@@ -53,8 +53,8 @@ _CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
 def connect(address: str, policy: Policy, *, now: int | None = None, timeout_s: float = 30.0) -> Session:
     """Connect to `HOST:PORT`, demand evidence, appraise it; a Session or an error, nothing in between.
 
-    `now`: unix seconds, else this machine's clock. `timeout_s`: for all of it. Raises `Unavailable`, `ChannelError`
-    (see `Channel.open`), and what `appraise` raises, with its `checks`.
+    `now`: unix seconds (the verdict then says `assumed`), else this machine's clock. `timeout_s`: for all of it.
+    Raises `Unavailable`, `ChannelError` (see `Channel.open`), and what `appraise` raises, with its `checks`.
     """
     started = time.monotonic()
     channel = Channel.open(address, timeout_s=timeout_s)
@@ -75,6 +75,7 @@ def connect(address: str, policy: Policy, *, now: int | None = None, timeout_s: 
             policy,
             now=int(time.time()) if now is None else now,
             scope=Scope.SESSION,
+            time_basis=TimeBasis.NOW if now is None else TimeBasis.ASSUMED,
             connection=Connection(
                 nonce=nonce,
                 exporter=facts.exporter,

@@ -10,6 +10,7 @@ import pytest
 from net_appliance import WORDS, Appliance, running
 
 from countermark import channel
+from countermark.appraise import TimeBasis
 from countermark.bundle import read_bundle
 from countermark.errors import RequestError, UsageError
 from countermark.formats.records import Kind
@@ -27,6 +28,7 @@ def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Appliance]:
 def test_a_whole_conversation(appliance: Appliance, tmp_path: Path) -> None:
     with appliance.connect() as session:
         assert session.verdict.simulated
+        assert session.verdict.time_basis is TimeBasis.ASSUMED  # `now` was given
         assert session.verdict.log_origin == appliance.machine.recorder.epoch.origin
         stream = session.generate("count for me", max_tokens=5, seed=7, temperature=0.5)
         pieces = list(stream)
@@ -90,6 +92,9 @@ def test_intent_is_in_the_log_before_anything_is_computed(appliance: Appliance) 
         ({"prompt": "a", "max_tokens": "many"}, "request.max_tokens"),
         ({"prompt": "a", "stop": "x"}, "request.stop"),
         ({"prompt": "a", "stop": ["x"] * 65}, "request.stop"),
+        ({"prompt": "a", "stop": ["\udcff"]}, "request.stop"),
+        ({"prompt": "a", "stop": 5}, "request.stop"),
+        ({"prompt": "a", "logit_bias": [1]}, "request.logit_bias"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "request.logit_bias"),
         ({"messages": [("robot", "b")]}, "request.role"),
         ({"messages": [("user", "b")] * 1025}, "request.messages"),

@@ -123,9 +123,12 @@ def encode_generate_request(
         raise RequestError("input: expected either messages or a prompt", code="request.input")
     request = pb.GenerateRequest(nonce=secrets.token_bytes(NONCE_BYTES))
     _assign(request, model=model or None, prompt=prompt, max_tokens=max_tokens, ignore_eos=ignore_eos)
-    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
-        raise RequestError("stop: expected several strings", code="request.stop")
-    request.stop.extend(stop)
+    try:
+        if isinstance(stop, str):
+            raise TypeError
+        request.stop.extend(stop)
+    except (TypeError, ValueError) as err:
+        raise RequestError("stop: expected several strings", code="request.stop") from err
     try:
         for role, content in messages or ():
             request.chat.messages.add(role=role, content=content)
@@ -147,7 +150,7 @@ def encode_generate_request(
     try:
         for token, bias in (logit_bias or {}).items():
             request.sampling.logit_bias[token] = bias
-    except (TypeError, ValueError) as err:
+    except (AttributeError, TypeError, ValueError) as err:
         raise RequestError("logit_bias: expected token ids and numbers", code="request.logit_bias") from err
     data = request.SerializeToString()
     parse_generate_request(data)
