@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -170,13 +171,20 @@ def test_a_torn_tail_is_cut_and_said(tmp_path: Path) -> None:
     second.close()
 
 
-def test_starts_that_never_began_are_passed_over(tmp_path: Path) -> None:
+def test_starts_that_never_began_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_recorder(tmp_path)
     first.close()
     (tmp_path / ("0" * 64)).mkdir()
-    unfinished = tmp_path / ("1" * 64)
-    shutil.copytree(boot_directory(tmp_path, first), unfinished)
-    (unfinished / "journal").unlink()
+    for step in ("Journal.__init__", "Journal.append"):  # it gets as far as the sidecar, then to an empty journal
+
+        def full(*_args: object) -> None:
+            raise Unavailable("log: the disk is full", code="log.full")
+
+        monkeypatch.setattr(f"countermark_appliance.records.journal.{step}", full)
+        with pytest.raises(Unavailable):
+            open_recorder(tmp_path)
+        monkeypatch.undo()
+    assert sum((path / "epoch").exists() for path in tmp_path.iterdir() if path.is_dir()) == 3
     second = open_recorder(tmp_path)
     assert second.epoch.previous is not None
     assert second.epoch.previous.boot_id == first.epoch.boot_id
@@ -261,6 +269,41 @@ def test_a_previous_log_shorter_than_published_is_refused(tmp_path: Path) -> Non
         out += journal.encode_frame(len(out), frame.leaves, frame.checkpoint)
     path.write_bytes(out)
     start_refused(tmp_path, "log.lost")
+
+
+@pytest.mark.parametrize("left", ["nothing", "torn", "gone"])
+def test_a_log_that_published_but_holds_nothing_is_no_start_that_never_began(tmp_path: Path, left: str) -> None:
+    """Only the EPOCH was ever written, so the journal without its one frame looks like a start that failed."""
+    open_recorder(tmp_path).close()
+    second = open_recorder(tmp_path)
+    second.close()
+    path = boot_directory(tmp_path, second) / "journal"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if left == "torn" else b"")
+    if left == "gone":
+        path.unlink()
+    start_refused(tmp_path, "log.lost")
+
+
+def test_what_the_file_system_refuses_at_a_start_has_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, directory = changed_log(tmp_path)
+    (directory / "checkpoint").unlink()
+    (directory / "checkpoint").mkdir()
+    with pytest.raises(ConfigError) as strange:
+        open_recorder(tmp_path)
+    assert strange.value.code == "log.directory"
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("previous.publish", "recorder.write_sidecar"):
+        monkeypatch.setattr(f"countermark_appliance.records.{name}", full)
+        with pytest.raises(Unavailable) as caught:
+            open_recorder(tmp_path)
+        assert caught.value.code == "log.full"
+        monkeypatch.undo()
+        shutil.rmtree(directory / "checkpoint", ignore_errors=True)
+    open_recorder(tmp_path).close()  # nothing was left locked
 
 
 def test_a_foreign_sidecar_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ DIGEST_BYTES: Final = 16
 MAX_FRAME_BYTES: Final = 16 * 1024 * 1024
 CHUNK_BYTES: Final = 4 * 1024 * 1024
 RESERVE_BYTES: Final = 1024 * 1024
-_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class Journal:
             try:
                 os.posix_fallocate(self._fd, self._allocated, CHUNK_BYTES)
             except OSError as err:
-                if err.errno not in _FULL:
+                if err.errno not in FULL:
                     raise
                 return False
             self._allocated += CHUNK_BYTES
@@ -98,7 +98,7 @@ class Journal:
             _write_all(self._fd, frame, self.end)
         except OSError as err:
             self._take_back()
-            if err.errno in _FULL:
+            if err.errno in FULL:
                 raise _full() from err
             self._failed = True
             raise _failed() from err

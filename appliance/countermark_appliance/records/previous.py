@@ -102,7 +102,7 @@ def find_previous(root: Path) -> PreviousLog | None:
     """
     found: list[tuple[Sidecar, Path]] = []
     for directory in sorted(path for path in root.iterdir() if path.is_dir()):
-        if not (directory / SIDECAR).exists() or not (directory / "journal").exists():
+        if not (directory / SIDECAR).exists():
             _log.warning("log: %s: a start that did not complete; passed over", directory.name)
             continue
         found.append((read_sidecar(directory), directory))
@@ -116,13 +116,14 @@ def find_previous(root: Path) -> PreviousLog | None:
 
 
 def _read(sidecar: Sidecar, directory: Path) -> PreviousLog | None:
-    """Steps 2 to 5; None when the log holds nothing."""
-    epoch = sidecar.epoch
+    """Steps 2 to 5; None when the log holds nothing, and never published anything."""
+    epoch, keys = sidecar.epoch, log_keys(sidecar.keys)
+    journal = directory / "journal"
     tree, offsets = Tree(), array("Q")
     first = b""
     open_intents: dict[bytes, None] = {}
     checkpoint, tail = b"", Tail(end=0, torn_bytes=0)
-    for item in read_journal(directory / "journal"):
+    for item in read_journal(journal) if journal.exists() else ():
         if isinstance(item, Tail):
             tail = item
             continue
@@ -138,10 +139,10 @@ def _read(sidecar: Sidecar, directory: Path) -> PreviousLog | None:
         offsets.extend(leaf_offsets(item))
         checkpoint = item.checkpoint
     if not tree.size:
+        _check_nothing_lost(directory, epoch, keys, 0)
         return None
     if parse_leaf(first).commitment != commitment(Kind.EPOCH, sidecar.salt, encode_record(epoch)):
         raise _bad(directory, "leaf 0 does not commit to the EPOCH")
-    keys = log_keys(sidecar.keys)
     try:
         head = verify_checkpoint(checkpoint, epoch.origin, keys, verify_signature)
     except (FormatError, LogError) as err:
@@ -151,7 +152,7 @@ def _read(sidecar: Sidecar, directory: Path) -> PreviousLog | None:
     _check_nothing_lost(directory, epoch, keys, head.size)
     if tail.torn_bytes:
         _log.warning("log: %s: cut an incomplete record of %d bytes", directory.name, tail.torn_bytes)
-    cut(directory / "journal", tail.end)
+    cut(journal, tail.end)
     _complete(directory, tree, offsets, checkpoint)
     return PreviousLog(
         epoch=epoch,

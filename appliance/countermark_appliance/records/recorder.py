@@ -22,7 +22,7 @@ from countermark.formats import records
 from countermark.formats.receipt import Acceptance, Payload, Proven
 from countermark.formats.records import Abort, Crashed, Epoch, Intent, Outcome, Previous, Record, Sampling, Stack
 from countermark_appliance.platform.keyring import Keyring
-from countermark_appliance.records.journal import sync_directory
+from countermark_appliance.records.journal import FULL, sync_directory
 from countermark_appliance.records.previous import PreviousLog, Sidecar, find_previous, write_sidecar
 from countermark_appliance.records.signer import Signer
 from countermark_appliance.records.store import Appended, BuildLeaf, LogStore
@@ -89,7 +89,7 @@ class Recorder:
 
         `evidence_digest`: quote digest of the boot evidence, whose claims give this log as empty (size 0,
         `tlog.merkle.EMPTY_ROOT`). Raises `ConfigError` (`log.locked`: another process has it; `log.directory`),
-        `LogError` (`log.previous`, `log.damaged`, `log.lost`), `Unavailable` (`log.full`).
+        `LogError` (`log.previous`, `log.damaged`, `log.lost`), `Unavailable` (`log.full`: no room to begin).
         """
         lock = _lock(directory)
         try:
@@ -107,6 +107,9 @@ class Recorder:
             signer = Signer(keyring)
             sidecar = Sidecar(epoch=epoch, salt=secrets.token_bytes(32), keys=keyring.role_keys())
             store = _begin(directory, sidecar, signer, previous.open_intents if previous else ())
+        except OSError as err:
+            os.close(lock)
+            raise _unusable(directory, err) from err
         except BaseException:
             os.close(lock)
             raise
@@ -356,6 +359,13 @@ def _lock(directory: Path) -> int:
         os.close(lock)
         raise ConfigError(f"log.dir: {directory}: another process is using it", code="log.locked") from err
     return lock
+
+
+def _unusable(directory: Path, err: OSError) -> ConfigError | Unavailable:
+    """What the file system refused while the log was opened, in our terms."""
+    if err.errno in FULL:
+        return Unavailable(f"log.dir: {directory}: the disk is full", code="log.full")
+    return ConfigError(f"log.dir: {directory}: {err.strerror}", code="log.directory")
 
 
 def _now_us() -> int:
