@@ -48,7 +48,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
     """Boot and serve until SIGTERM or SIGINT. `ready` gets the public facts once the port is open.
 
     Raises `ConfigError`, `WeightsError`, `LogError`, `VerificationError` or `Unavailable` when the boot fails, and
-    `Unavailable` (`frontend.exit`) when the front end ends on its own.
+    `Unavailable` (`frontend.exit`, `engine.failed`) when the front end or the engine ends on its own.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,7 +69,11 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
     extend_boot(platform, boot)
     artefact = weights.load(config.weights_dir, expected_root=config.weights_root)
     engine = Engine(
-        artefact, threads=config.threads, max_sequences=config.max_sequences, max_waiting=config.max_waiting
+        artefact,
+        threads=config.threads,
+        max_sequences=config.max_sequences,
+        max_waiting=config.max_waiting,
+        on_failure=stop.set,
     )
     _log.info("engine: %s, profile %s, backend %s", engine.info.model, engine.info.profile, engine.info.backend)
     try:
@@ -121,6 +125,8 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
                 _log.info("stopping: no new requests; those that run may finish")
                 front_end.drain()
                 service.stop()
+                if engine.failed:
+                    raise Unavailable("engine: its thread ended by a fault", code="engine.failed")
             finally:
                 front_end.close()
         finally:

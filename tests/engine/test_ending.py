@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -88,6 +89,31 @@ def test_a_stop_string_that_only_the_end_completes() -> None:
     output = Output(tokenizer, stop=("\ufffd",), stop_tokens=(), max_tokens=3)
     text = "".join(map(output.push, tokens_of("ab\u00e9")[:3]))
     assert (text, output.end) == ("ab", Finish.STOP)
+
+
+def test_an_engine_that_fails_says_so_once_nobody_waits_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner must end the process: an engine that refuses everything is not serving."""
+    told = threading.Event()
+    engine = Engine(TinyArtefact("llama"), threads=1, on_failure=told.set)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("countermark_appliance.engine.scheduler.Scheduler.plan", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    assert not engine.failed
+    (done,) = run(engine, [Request(prompt="dog", max_tokens=3)])
+    assert done.reason is Finish.ERROR
+    assert told.wait(10)
+    assert engine.failed
+    engine.close()
+
+
+def test_an_engine_that_is_closed_has_not_failed() -> None:
+    told = threading.Event()
+    engine = Engine(TinyArtefact("llama"), threads=1, on_failure=told.set)
+    engine.close()
+    assert (engine.failed, told.is_set()) == (False, False)
 
 
 def test_the_runner_says_what_its_weights_say(engine: Engine, runner: ExactRunner) -> None:

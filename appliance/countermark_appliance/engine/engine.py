@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,18 @@ class EngineInfo:
 class Engine:
     """Serves one artefact. `prepare`, `submit` and `close` may be called from any thread."""
 
-    def __init__(self, artefact: Artefact, *, threads: int, max_sequences: int = 16, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        artefact: Artefact,
+        *,
+        threads: int,
+        max_sequences: int = 16,
+        max_waiting: int = 64,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         """Load, self-test, warm up, start the thread. `threads` 0: one for each core this process may use.
+
+        `on_failure`: called once if that thread ever fails, which ends every request with `error`; see `failed`.
 
         Raises `FormatError` (tokenizer, template) or `VerificationError` (`engine.self_test`).
         """
@@ -94,7 +105,12 @@ class Engine:
             self_test=digest.hex(),
         )
         scheduler = Scheduler(max_sequences=max_sequences, step_tokens=STEP_TOKENS, mixed_step_tokens=MIXED_STEP_TOKENS)
-        self._loop = Loop(self._model, scheduler, capacity=max_sequences + max_waiting)
+        self._loop = Loop(self._model, scheduler, capacity=max_sequences + max_waiting, on_failure=on_failure)
+
+    @property
+    def failed(self) -> bool:
+        """The engine's thread has ended by a fault; nothing is computed any more."""
+        return self._loop.failed
 
     def prepare(self, request: Request) -> Prepared:
         """Resolve and check everything; compute nothing. Raises `RequestError` with code `request.<field>`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from countermark.errors import Unavailable
@@ -24,8 +25,11 @@ from countermark_kernels.ieee import NumericsError
 class Loop:
     """Runs a scheduler on a thread of its own."""
 
-    def __init__(self, model: Model, scheduler: Scheduler, *, capacity: int) -> None:
-        """`capacity`: sequences admitted at a time, running and waiting together."""
+    def __init__(
+        self, model: Model, scheduler: Scheduler, *, capacity: int, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        """`capacity`: sequences admitted at a time, running and waiting together. `on_failure`: called once, on the
+        engine's thread, when it ends otherwise than by `close`; every request has its `DoneEvent` then."""
         self._model = model
         self._scheduler = scheduler
         self._capacity = capacity
@@ -33,6 +37,8 @@ class Loop:
         self._arrived: list[Sequence] = []
         self._size = 0
         self._closing = False
+        self._on_failure = on_failure
+        self.failed = False
         self._thread = threading.Thread(target=self._run, name="countermark-engine", daemon=True)
         self._thread.start()
 
@@ -65,6 +71,7 @@ class Loop:
                     self._step(works)
         except BaseException as err:
             reason, detail = Finish.ERROR, f"engine: {type(err).__name__}: {err!s:.200}"
+            self.failed = True
             raise
         finally:
             with self._wake:
@@ -72,6 +79,8 @@ class Loop:
                 orphans, self._arrived = self._arrived, []
             for sequence in (*self._scheduler, *orphans):
                 sequence.finish(reason, detail)
+            if self.failed:
+                self._on_failure()
 
     def _collect(self) -> bool:
         """Take what has arrived; sleep while there is nothing to do. False: time to stop."""
