@@ -78,6 +78,10 @@ class KvCache:
 
     def append(self, layer: int, heads: Heads, start: int, end: int, position: int) -> None:
         """Write rows start..end of `heads` as the tokens position, position + 1, ... of `layer`."""
+        check("k", heads.k, torch.int8, (None, self.kv_heads, self.head_dim))
+        check("v", heads.v, torch.int8, (heads.k.shape[0], self.kv_heads, self.head_dim))
+        check("s_k", heads.s_k, torch.float32, (heads.k.shape[0], self.kv_heads))
+        check("s_v", heads.s_v, torch.float32, (heads.k.shape[0], self.kv_heads))
         stop = position + end - start
         if not (0 <= start <= end <= heads.k.shape[0] and position >= 0 and stop <= self.capacity):
             raise ValueError(f"rows: expected to fit a capacity of {self.capacity}, got {position}..{stop}")

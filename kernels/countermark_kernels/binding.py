@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -183,6 +184,7 @@ class _State:
 
     def __init__(self) -> None:
         self.tried = False
+        self.lock = threading.Lock()
         self.enabled = True
         self.native: Native | None = None
         self.reason = ""
@@ -194,7 +196,10 @@ _state = _State()
 def native() -> Native | None:
     """The proven native library, or None: then the torch path runs."""
     if not _state.tried:
-        _load()
+        with _state.lock:
+            if not _state.tried:
+                _load()
+                _state.tried = True
     return _state.native if _state.enabled else None
 
 
@@ -210,7 +215,6 @@ def enable(on: bool) -> None:
 
 
 def _load() -> None:
-    _state.tried = True
     resource = files(__package__).joinpath(LIBRARY)
     if not resource.is_file():
         _state.reason = "not built: run `python kernels/build_native.py` (needs a C compiler)"

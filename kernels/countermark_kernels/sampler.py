@@ -53,14 +53,12 @@ class SamplerParams:
 
     def __post_init__(self) -> None:
         floats = (self.temperature, self.repetition, self.presence, self.frequency, *self.logit_bias.values())
-        if any(ieee.f32(x) != x for x in floats):
-            raise ValueError("sampling: expected binary32 values, got another")
+        if not all(abs(x) < 2.0**64 and ieee.f32(x) == x for x in floats):
+            raise ValueError("sampling: expected binary32 values of magnitude under 2^64, got another")
         if self.temperature != 0.0 and not TEMPERATURE_MIN <= self.temperature <= TEMPERATURE_MAX:
             raise ValueError(f"temperature: expected 0 or 2^-14..2^14, got {self.temperature}")
         if not 2.0**-14 <= self.repetition <= 2.0**14:
             raise ValueError(f"repetition: expected 2^-14..2^14, got {self.repetition}")
-        if any(abs(x) >= 2.0**64 for x in floats):
-            raise ValueError("sampling: expected magnitudes under 2^64, got more")
         if self.top_k < 0 or not 0 < self.top_p_20bit <= ONE_20BIT or not 0 <= self.min_p_20bit <= ONE_20BIT:
             raise ValueError("top_k, top_p_20bit, min_p_20bit: expected values in range, got others")
         if not 0 <= self.seed < 1 << 64:
@@ -88,12 +86,12 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
 
 def adjust(logits: Tensor, params: SamplerParams, history: History) -> Tensor:
     """Steps 1 to 3 for logits: [V] f32; the input is left as it is when nothing applies, never changed."""
-    vocab = logits.shape[0]
-    ids = {*params.logit_bias, *history.prompt, *history.output}
     penal = params.repetition != 1.0
     counted = params.presence != 0.0 or params.frequency != 0.0
     if not (params.logit_bias or penal or counted):
         return logits
+    vocab = logits.shape[0]
+    ids = {*params.logit_bias, *history.prompt, *history.output}
     if ids and not 0 <= min(ids) <= max(ids) < vocab:
         raise ValueError(f"ids: expected 0..{vocab - 1}, got others")
     out = logits.clone()

@@ -173,6 +173,7 @@ def test_wrong_logits_are_errors(backend: str, bad: float, code: str) -> None:
         {"seed": -1},
         {"logit_bias": {1: 0.1}},
         {"logit_bias": {1: 1e30}},
+        {"presence": 1e300},
     ],
     ids=str,
 )

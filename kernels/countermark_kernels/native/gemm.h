@@ -145,14 +145,17 @@ static inline __m256i madd(__m256i sum, __m256i a, __m256i b) {
     return sum;
 }
 
-/* R rows of a times 8 columns of a widened panel: 12 sums, 2 columns, a quad and a product fill 16 registers. */
+/* R rows of a times 8 columns of a widened panel: 12 sums, 2 columns, a quad and a product fill 16 registers.
+ * `ahead`: bytes to fetch meanwhile, the next panel, which the widening would otherwise wait for; or NULL. */
 static inline __attribute__((always_inline)) void tile(const int R, const a_t *a, const int16_t *b, int64_t k4,
-                                                       int32_t *c, int64_t ldc, bool add) {
+                                                       int32_t *c, int64_t ldc, bool add, const int8_t *ahead) {
     __m256i sum[TILE_MAX][2];
     for (int r = 0; r < R; r++)
         sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     for (int64_t g = 0; g < k4; g++, b += 32, a += R * 4) {
         const __m256i b0 = _mm256_load_si256((const __m256i *)b), b1 = _mm256_load_si256((const __m256i *)(b + 16));
+        if (ahead)
+            _mm_prefetch((const char *)ahead + g * 64, _MM_HINT_T0);
         for (int r = 0; r < R; r++) {
             const __m256i quad = quad_of(a + r * 4);
             sum[r][0] = madd(sum[r][0], b0, quad);
@@ -210,14 +213,23 @@ static NOINLINE void gemm_panel(const a_t *a, int64_t rows, const int8_t *panel,
                 const int64_t in_tile = rows - r < height ? rows - r : height;
                 const a_t *from = a + (r * k4 + g * in_tile) * 4;
                 int32_t *to = c + r * ldc + h * 8;
+                const int8_t *ahead = r || h ? NULL : panel + (k4 + g) * 64;
+#define TILE(R)                                                                  \
+    case R:                                                                      \
+        if (ahead)                                                               \
+            tile(R, from, wide[h], count, to, ldc, g > 0, ahead);                \
+        else                                                                     \
+            tile(R, from, wide[h], count, to, ldc, g > 0, NULL);                 \
+        break
                 switch (in_tile) {
-                case 6: tile(6, from, wide[h], count, to, ldc, g > 0); break;
-                case 5: tile(5, from, wide[h], count, to, ldc, g > 0); break;
-                case 4: tile(4, from, wide[h], count, to, ldc, g > 0); break;
-                case 3: tile(3, from, wide[h], count, to, ldc, g > 0); break;
-                case 2: tile(2, from, wide[h], count, to, ldc, g > 0); break;
-                default: tile(1, from, wide[h], count, to, ldc, g > 0); break;
+                    TILE(6);
+                    TILE(5);
+                    TILE(4);
+                    TILE(3);
+                    TILE(2);
+                    TILE(1);
                 }
+#undef TILE
             }
     }
 }

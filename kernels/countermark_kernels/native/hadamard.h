@@ -1,17 +1,23 @@
 /* Unnormalised Hadamard transform of n elements in place: hadamard.py. n is a power of two, at least 8. */
 
+#if defined(__clang__)
+#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLE(x, ...) __builtin_shuffle(x, (i8x){__VA_ARGS__})
+#endif
+
 static inline f8 butterfly1(f8 x) {
-    f8 swapped = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+    f8 swapped = SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6);
     i8x negative = {0, INT32_MIN, 0, INT32_MIN, 0, INT32_MIN, 0, INT32_MIN};
     return swapped + f8_from_bits(f8_bits(x) ^ negative); /* even: b + a; odd: a + (-b) */
 }
 static inline f8 butterfly2(f8 x) {
-    f8 swapped = __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+    f8 swapped = SHUFFLE(x, 2, 3, 0, 1, 6, 7, 4, 5);
     i8x negative = {0, 0, INT32_MIN, INT32_MIN, 0, 0, INT32_MIN, INT32_MIN};
     return swapped + f8_from_bits(f8_bits(x) ^ negative);
 }
 static inline f8 butterfly4(f8 x) {
-    f8 swapped = __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    f8 swapped = SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3);
     i8x negative = {0, 0, 0, 0, INT32_MIN, INT32_MIN, INT32_MIN, INT32_MIN};
     return swapped + f8_from_bits(f8_bits(x) ^ negative);
 }
