@@ -1,0 +1,74 @@
+"""The README's tables, made from the committed results: `python bench/readme_tables.py` rewrites them.
+
+Each table stands between two HTML comments in the README. A test compares what stands there with what the JSON says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+OURS = "countermark exact-v0"
+
+
+def cpu_table(result: dict[str, Any]) -> str:
+    """Tokens a second, best of the rounds, and the ratio of ours to each peer."""
+    machine, speeds = result["machine"], result["tokens_per_second"]
+    cells = list(speeds[OURS])
+    lines = [f"| tokens/s | {' | '.join(cells)} |", "|---|" + "---|" * len(cells)]
+    for peer, found in speeds.items():
+        shown = []
+        for cell in cells:
+            ratio = f" ({speeds[OURS][cell]['best'] / found[cell]['best']:.1f}x)" if peer != OURS else ""
+            shown.append(f"{found[cell]['best']:.0f}{ratio}")
+        name = f"**{peer}**" if peer == OURS else peer
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    audit = result["audit"]
+    lines += [
+        "",
+        f"SmolLM2-135M, best of {result['rounds']} interleaved rounds; in brackets how many times faster countermark was. Auditing"
+        f" an answer of {audit['tokens']} tokens took 1/{audit['times_faster']:.1f} of the time of generating it. {machine['cpu']}"
+        f" ({machine['flags']}), {machine['cores']} shared cores, torch {machine['torch']}, {machine['date']}; `make bench-cpu`,"
+        " [numbers](bench/results/cpu.json).",
+    ]
+    return "\n".join(lines)
+
+
+def quality_line(result: dict[str, Any]) -> str:
+    """What quantising to the exact profile costs, against the same weights in binary32."""
+    return (
+        f"Against the same weights in binary32 (transformers), over {result['tokens']} tokens of the prose in `bench/data`:"
+        f" perplexity {result['perplexity_percent']:+.1f} %, KL divergence {result['kl']:.4f}, the same most likely token in"
+        f" {100 * result['top1']:.1f} % of positions ([numbers](bench/results/quality-cpu.json), `bench/quality.py`)."
+    )
+
+
+def rendered() -> dict[str, str]:
+    """Every table by the name of its comments."""
+    return {
+        "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
+        "quality": quality_line(json.loads((RESULTS / "quality-cpu.json").read_text())),
+    }
+
+
+def replaced(readme: str) -> str:
+    """The README with every table as the results have it."""
+    for name, text in rendered().items():
+        readme, count = re.subn(
+            rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)",
+            lambda found, text=text: f"{found[1]}{text}\n{found[2]}",
+            readme,
+            flags=re.S,
+        )
+        if count != 1:
+            raise SystemExit(f"README.md: expected one table '{name}', got {count}")
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(replaced(path.read_text()))
