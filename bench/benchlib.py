@@ -53,12 +53,13 @@ def reference_model(dtype: torch.dtype = torch.float32) -> Any:
     By its parts, because `from_pretrained(gguf_file=...)` insists on a package we do not use.
     """
     import transformers
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers import modeling_gguf_pytorch_utils
 
     transformers.utils.logging.disable_progress_bar()
+    load_gguf_checkpoint: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
     path = str(weights.stand_in_gguf())
     config = transformers.LlamaConfig(**load_gguf_checkpoint(path)["config"])
-    model = transformers.LlamaForCausalLM(config)
+    model: Any = transformers.LlamaForCausalLM(config)
     tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)

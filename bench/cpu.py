@@ -60,7 +60,8 @@ class Ours:
         begun = time.perf_counter()
         for prompt in prompts:
             self.engine.submit(self.prepared(prompt, tokens), lambda event: events.put((time.perf_counter(), event)))
-        times, done = [], []
+        times: list[float] = []
+        done: list[DoneEvent] = []
         while len(done) < len(prompts):
             at, event = events.get(timeout=600)
             if isinstance(event, DoneEvent):
