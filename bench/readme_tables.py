@@ -27,13 +27,13 @@ def cpu_table(result: dict[str, Any]) -> str:
             shown.append(f"{found[cell]['best']:.0f}{ratio}")
         name = f"**{peer}**" if peer == OURS else peer
         lines.append(f"| {name} | {' | '.join(shown)} |")
-    audit = result["audit"]
+    faster, tokens = result["audit"]["times_faster"], result["audit"]["tokens"]
     lines += [
         "",
-        f"SmolLM2-135M, best of {result['rounds']} interleaved rounds; in brackets how many times faster countermark was. Auditing"
-        f" an answer of {audit['tokens']} tokens took 1/{audit['times_faster']:.1f} of the time of generating it. {machine['cpu']}"
-        f" ({machine['flags']}), {machine['cores']} shared cores, torch {machine['torch']}, {machine['date']}; `make bench-cpu`,"
-        " [numbers](bench/results/cpu.json).",
+        f"SmolLM2-135M, best of {result['rounds']} interleaved rounds; in brackets how many times faster countermark was.",
+        f"Auditing an answer of {tokens} tokens took 1/{faster:.1f} of the time of generating it.",
+        f"{machine['cpu']} ({machine['flags']}), {machine['cores']} shared cores, torch {machine['torch']},",
+        f"{machine['date']}; `make bench-cpu`, [numbers](bench/results/cpu.json).",
     ]
     return "\n".join(lines)
 
@@ -41,9 +41,10 @@ def cpu_table(result: dict[str, Any]) -> str:
 def quality_line(result: dict[str, Any]) -> str:
     """What quantising to the exact profile costs, against the same weights in binary32."""
     return (
-        f"Against the same weights in binary32 (transformers), over {result['tokens']} tokens of the prose in `bench/data`:"
-        f" perplexity {result['perplexity_percent']:+.1f} %, KL divergence {result['kl']:.4f}, the same most likely token in"
-        f" {100 * result['top1']:.1f} % of positions ([numbers](bench/results/quality-cpu.json), `bench/quality.py`)."
+        f"Against the same weights in binary32 (transformers), over {result['tokens']} tokens of the prose in\n"
+        f"`bench/data`: perplexity {result['perplexity_percent']:+.1f} %, KL divergence {result['kl']:.4f}, the same most\n"
+        f"likely token in {100 * result['top1']:.1f} % of positions ([numbers](bench/results/quality-cpu.json),\n"
+        "`bench/quality.py`)."
     )
 
 
