@@ -1,6 +1,7 @@
 """Deterministic CBOR against cbor2 (an independent codec) and RFC 8949's own examples."""
 
 import struct
+import time
 
 import cbor2
 import pytest
@@ -130,6 +131,19 @@ def test_too_long() -> None:
     with pytest.raises(FormatError) as err:
         cbor.decode(b"\x00" * 11, max_bytes=10)
     assert err.value.code == "cbor.too_long"
+
+
+def test_items_are_counted_before_they_are_built() -> None:
+    """32 MB of empty arrays took minutes and gigabytes to be told that they are no answer."""
+    head = b"\x9a" + (32 * 1024 * 1024).to_bytes(4, "big")
+    for item in (b"\x80", b"\xa0", b"\x00", b"\x40", b"\xc0\x00", b"\x78\x01a"):
+        started = time.monotonic()
+        with pytest.raises(FormatError) as err:
+            cbor.decode(head + item * (32 * 1024 * 1024 // len(item)))
+        assert err.value.code == "cbor.too_many"
+        assert time.monotonic() - started < 10
+    value = [bytes(1 << 20), "a" * 300, list(range(3000)), {"k": 1.5}, None]
+    assert cbor.decode(cbor.encode(value)) == value
 
 
 def test_fields_names_missing_unknown_and_mistyped() -> None:

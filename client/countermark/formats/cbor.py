@@ -23,6 +23,7 @@ from countermark.errors import FormatError
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 16
+MAX_ITEMS = (1 << 20) + 4096  # a million token ids and what stands around them
 _SIMPLE = {20: False, 21: True, 22: None}
 _FLOATS = {25: ">e", 26: ">f", 27: ">d"}
 
@@ -40,10 +41,11 @@ def encode(value: object) -> bytes:
 def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     """Decode one deterministic CBOR item that fills `data` exactly.
 
-    Raises `FormatError`: `cbor.too_long`, `cbor.malformed`, `cbor.type` or `cbor.not_deterministic`.
+    Raises `FormatError`: `cbor.too_long`, `cbor.too_many`, `cbor.malformed`, `cbor.type` or `cbor.not_deterministic`.
     """
     if len(data) > max_bytes:
         raise FormatError(f"cbor: expected at most {max_bytes} bytes, got {len(data)}", code="cbor.too_long")
+    _check_items(data)
     value, _ = _read(data, 0, 0)
     if encode(value) != data:
         raise FormatError("cbor: expected the deterministic encoding (RFC 8949 4.2.1)", code="cbor.not_deterministic")
@@ -114,6 +116,26 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             _write(out, value.value, depth + 1)
         case _:
             raise FormatError(f"cbor: value of type {type(value).__name__}", code="cbor.type")
+
+
+def _check_items(data: bytes) -> None:
+    """Count the items before any is built: one byte that came can stand for a hundred of memory.
+
+    Items follow one another whatever contains them, so a walk over the heads needs no nesting. It ends where a head is
+    none; `_read` comes to the same place and says why.
+    """
+    offset = items = 0
+    while offset < len(data):
+        items += 1
+        if items > MAX_ITEMS:
+            raise FormatError(f"cbor: expected at most {MAX_ITEMS} items", code="cbor.too_many")
+        major, info = divmod(data[offset], 32)
+        if info > 27:
+            return
+        start = offset + 1
+        offset = start if info < 24 else start + (1 << (info - 24))
+        if major in (2, 3):
+            offset += info if info < 24 else int.from_bytes(data[start:offset], "big")
 
 
 def _read(data: bytes, offset: int, depth: int) -> tuple[Any, int]:
