@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import socket
 import subprocess
 import sys
@@ -148,6 +149,11 @@ class FrontEnd:
             connections.clear()
             if on_exit is not None:
                 on_exit()
+
+
+def forbid_core_dumps() -> None:
+    """Both processes hold private keys and prompts: a crash must not leave them on a disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def send_message(control: socket.socket, value: object) -> None:

@@ -26,7 +26,7 @@ from OpenSSL import SSL
 from countermark.errors import ChannelError
 from countermark.wire.pump import READ, WRITE, Pump, watch
 from countermark.wire.tls import TlsEndpoint, server_context, spki_digest
-from countermark_appliance.frontend import Limits, receive_message, send_message
+from countermark_appliance.frontend import Limits, forbid_core_dumps, receive_message, send_message
 
 _TICK_S: Final = 0.5
 _ACCEPT_BATCH: Final = 32
@@ -247,6 +247,7 @@ class _Loop:
 
 def main(control_fd: int) -> int:
     """Receive the settings, listen, serve until the service ends. Returns the exit status."""
+    forbid_core_dumps()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at the terminal is the service's to handle
     with socket.socket(fileno=control_fd) as control:
         settings = receive_message(control)

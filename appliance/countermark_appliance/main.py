@@ -31,7 +31,7 @@ from countermark_appliance.config import Config, format_address, load_config
 from countermark_appliance.connections import Connections
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.engine import Engine, EngineInfo
-from countermark_appliance.frontend import FrontEnd
+from countermark_appliance.frontend import FrontEnd, forbid_core_dumps
 from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
 from countermark_appliance.platform.base import Platform, open_platform
 from countermark_appliance.platform.keyring import Keyring
@@ -50,6 +50,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
     Raises `ConfigError`, `WeightsError`, `LogError`, `VerificationError` or `Unavailable` when the boot fails, and
     `Unavailable` (`frontend.exit`, `engine.failed`) when the front end or the engine ends on its own.
     """
+    forbid_core_dumps()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

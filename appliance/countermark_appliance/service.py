@@ -82,12 +82,14 @@ class Attester(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLimits:
     """`generations`: requests alive at a time, from INTENT to receipt. `attests_per_s`: refill of a bucket of
-    `attest_burst` shared by all clients. `streams`: calls at a time on one connection."""
+    `attest_burst` shared by all clients. `streams`: calls at a time on one connection; grpcio holds what has come of
+    each one's request (up to 4 MiB) before any rule is asked, so times the front end's connections (256) this is what
+    strangers can make us hold: 8 GiB. More requests on a connection wait in the client."""
 
     generations: int = 80
     attests_per_s: float = 50.0
     attest_burst: int = 100
-    streams: int = 32
+    streams: int = 8
 
 
 class Service:

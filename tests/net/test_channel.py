@@ -394,3 +394,11 @@ def test_key_stays_out_of_arguments_and_environment(node: Node, identity: Identi
     assert (proc / "cmdline").read_bytes().split(b"\0")[2:4] == [b"-m", b"countermark_appliance.frontend_process"]
     assert identity.key not in (proc / "environ").read_bytes()
     assert front_end_main.__module__ == "countermark_appliance.frontend_process"
+
+
+def test_a_crash_leaves_no_core(node: Node) -> None:
+    limits = Path("/proc") / str(node.front_end._process.pid) / "limits"
+    if not limits.exists():
+        pytest.skip("no /proc here")
+    line = next(line for line in limits.read_text().splitlines() if line.startswith("Max core file size"))
+    assert line.split()[4:6] == ["0", "0"]

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from countermark.session import connect
 from countermark.tlog.merkle import leaf_hash, verify_consistency, verify_inclusion
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
+from countermark_appliance.frontend import Limits
 from countermark_appliance.service import ServiceLimits
 from one_answer import NOW
 
@@ -262,6 +264,18 @@ def test_attest_is_rate_limited_and_says_when_to_come_back(tmp_path: Path) -> No
             assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "attest.rate")
             # a refused Attest does not use the connection up
             assert refusal(lambda: attest(channel.grpc_channel))[1] == "attest.rate"
+
+
+def test_what_strangers_can_make_us_hold_is_bounded() -> None:
+    """Unfinished requests of every stream of every connection: measured, grpcio holds each to its last byte."""
+    assert Limits().connections * ServiceLimits().streams * codec.MAX_REQUEST_BYTES <= 8 << 30
+
+
+def test_more_requests_than_streams_wait_and_are_served(tmp_path: Path) -> None:
+    with running(tmp_path, limits=ServiceLimits(streams=2)) as appliance, appliance.connect() as session:
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda n: session.generate("wait for it", max_tokens=n).result(), range(1, 7)))
+        assert [len(answer.tokens) for answer in answers] == [1, 2, 3, 4, 5, 6]
 
 
 def test_too_many_requests_are_refused_before_the_log(tmp_path: Path) -> None:
