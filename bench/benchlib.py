@@ -55,7 +55,6 @@ def reference_model(dtype: torch.dtype = torch.float32) -> Any:
     import transformers
     from transformers import modeling_gguf_pytorch_utils
 
-    transformers.utils.logging.disable_progress_bar()
     load_gguf_checkpoint: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
     path = str(weights.stand_in_gguf())
     config = transformers.LlamaConfig(**load_gguf_checkpoint(path)["config"])

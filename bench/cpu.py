@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from benchlib import HERE, built_weights, machine, reference_model, say
 from rich.console import Console
 from rich.table import Table
 
+from benchlib import HERE, built_weights, machine, reference_model, say
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.replay import ExactRunner

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchlib import HERE, built_weights, machine, reference_model, say
 
+from benchlib import HERE, built_weights, machine, reference_model, say
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.tokenizer import Tokenizer
