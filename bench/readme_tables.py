@@ -30,7 +30,7 @@ def cpu_table(result: dict[str, Any]) -> str:
     faster, tokens = result["audit"]["times_faster"], result["audit"]["tokens"]
     lines += [
         "",
-        f"SmolLM2-135M, best of {result['rounds']} interleaved rounds; in brackets how many times faster countermark was.",
+        f"SmolLM2-135M, best of {result['rounds']} interleaved rounds; in brackets how many times faster we were.",
         f"Auditing an answer of {tokens} tokens took 1/{faster:.1f} of the time of generating it.",
         f"{machine['cpu']} ({machine['flags']}), {machine['cores']} shared cores, torch {machine['torch']},",
         f"{machine['date']}; `make bench-cpu`, [numbers](bench/results/cpu.json).",
@@ -40,10 +40,11 @@ def cpu_table(result: dict[str, Any]) -> str:
 
 def quality_line(result: dict[str, Any]) -> str:
     """What quantising to the exact profile costs, against the same weights in binary32."""
+    perplexity, top1 = result["perplexity_percent"], 100 * result["top1"]
     return (
         f"Against the same weights in binary32 (transformers), over {result['tokens']} tokens of the prose in\n"
-        f"`bench/data`: perplexity {result['perplexity_percent']:+.1f} %, KL divergence {result['kl']:.4f}, the same most\n"
-        f"likely token in {100 * result['top1']:.1f} % of positions ([numbers](bench/results/quality-cpu.json),\n"
+        f"`bench/data`: perplexity {perplexity:+.1f} %, KL divergence {result['kl']:.4f}, the same most likely token in\n"
+        f"{top1:.1f} % of positions ([numbers](bench/results/quality-cpu.json),\n"
         "`bench/quality.py`)."
     )
 

@@ -20,7 +20,7 @@ from countermark import terminal
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
 from countermark.demo import run_demo
-from countermark.errors import CountermarkError, UsageError
+from countermark.errors import CountermarkError, RequestError, UsageError
 from countermark.files import read_file, write_file
 from countermark.policy import Policy, Profile, load_policy
 from countermark.replay import Mode, load_runner, replay
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         commands, "demo", _demo, "the whole path on this machine: SIMULATED platform, real model", json_=True
     )
     demo.add_argument("--dir", type=Path, default=Path("demo-out"), help="where to work (default: %(default)s)")
-    demo.add_argument("--prompt", default="What is the capital of France? Answer in one sentence.")
+    demo.add_argument("--prompt", default="What is the capital of France, and what is it known for?")
     demo.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where the node listens")
     demo.add_argument("--keep-serving", action="store_true", help="leave the appliance running until Ctrl-C")
 
@@ -181,7 +181,10 @@ def _attest(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     policy = load_policy(args.policy)
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    except UnicodeDecodeError as err:
+        raise RequestError("prompt: expected text on stdin", code="request.input") from err
     turns = [("system", args.system)] if args.system else []
     with connect(args.address, policy) as session:
         _show_verdict(session.verdict)
