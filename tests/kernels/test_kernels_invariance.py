@@ -20,7 +20,7 @@ from countermark_kernels import attention, ieee, launch, norm
 from countermark_kernels.decoder import Decoder
 
 MODEL = TinyModel()
-TOKENS = 50
+TOKENS = 30
 EMBEDDED = floats(TOKENS, MODEL.hidden, seed=7)
 
 
@@ -74,17 +74,17 @@ def _forward(decoder: Decoder, x: Tensor, spans: list[attention.Span], *, stepwi
 @pytest.fixture(scope="module")
 def expected() -> Tensor:
     with on("torch"):
-        return logits_of(Way(chunks=(1,) * TOKENS))
+        return logits_of(Way(chunks=(1,) * TOKENS, threads=1))
 
 
 WAYS = {
     "at once": Way(),
-    "token by token": Way(chunks=(1,) * TOKENS),
-    "in chunks": Way(chunks=(17, 1, 31, 1)),
-    "among others": Way(chunks=(5,) * 10, before=(3, 1), after=(2, 6)),
+    "token by token": Way(chunks=(1,) * TOKENS, threads=1),
+    "in chunks": Way(chunks=(9, 1, 19, 1), threads=1),
+    "among others": Way(chunks=(5,) * 6, before=(3, 1), after=(2, 6)),
     "one thread": Way(threads=1),
-    "many threads": Way(chunks=(25, 25), threads=7, after=(1,)),
-    "single ops": Way(stepwise=True, chunks=(40, 10)),
+    "many threads": Way(chunks=(15, 15), threads=7, after=(1,)),
+    "single ops": Way(stepwise=True, chunks=(21, 9)),
 }
 
 
@@ -98,12 +98,12 @@ def test_same_bits(expected: Tensor, backend: str, name: str) -> None:
 def test_prefix_of_another_cache(expected: Tensor) -> None:
     decoder = MODEL.decoder()
     first = MODEL.cache()
-    decoder.forward(EMBEDDED[:33].contiguous(), [attention.Span(cache=first, start=0, end=33, position=0)])
+    decoder.forward(EMBEDDED[:20].contiguous(), [attention.Span(cache=first, start=0, end=20, position=0)])
     second = MODEL.cache(64)
-    second.copy_prefix(first, 29)
-    rest = EMBEDDED[29:].contiguous()
-    x = decoder.forward(rest, [attention.Span(cache=second, start=0, end=TOKENS - 29, position=29)])
-    assert torch.equal(decoder.logits(x), expected[29:])
+    second.copy_prefix(first, 17)
+    rest = EMBEDDED[17:].contiguous()
+    x = decoder.forward(rest, [attention.Span(cache=second, start=0, end=TOKENS - 17, position=17)])
+    assert torch.equal(decoder.logits(x), expected[17:])
 
 
 def test_stale_cache_rows_do_not_matter(expected: Tensor) -> None:
@@ -153,6 +153,6 @@ def _online_attention(
 )
 def test_mutants_are_caught(module: object, name: str, mutant: Callable[..., Tensor]) -> None:
     with on("torch"), mock.patch.object(module, name, mutant):
-        at_once = logits_of(WAYS["at once"])
+        at_once = logits_of(WAYS["one thread"])
         differing = [way for way in ("token by token", "in chunks") if not torch.equal(logits_of(WAYS[way]), at_once)]
     assert differing
