@@ -2,9 +2,9 @@
 
 RFC 5280 sections 6.1 and 6.3 cut down to what vendor device chains are: the given order is leaf first, the last
 certificate is the pinned root itself, every other is issued by the next. Time never comes from the clock.
-Not checked here: policies, name constraints, and path building (there is one path or none). For TDX the same chains are
-checked again by dcap-qvl; this module exists so that a refusal carries a stable code and so that GPU chains have a path
-check that works offline.
+Not checked here: policies, name constraints, unknown critical extensions, and path building (there is one path or
+none). For TDX the same chains are checked again by dcap-qvl; this module exists so that a refusal carries a stable code
+and so that GPU chains have a path check that works offline.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def is_ca(certificate: x509.Certificate) -> bool:
 def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) -> None:
     """Verify `chain` (leaf first, root last) up to the root whose SHA-256 is `root`, at time `now`.
 
-    Raises `ChainError`: `root` (another root), `short`, `ca` (an issuer that is no CA, or a leaf that is one),
+    Raises `ChainError`: `root` (another root), `short`, `ca` (an issuer that may not issue, or a leaf that may),
     `signature`, `not_yet_valid`, `expired`.
     """
     if digest(chain[-1]) != root:
@@ -121,11 +121,23 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) ->
     if is_ca(chain[0]):
         raise ChainError("ca", f"{name(chain[0])}: expected an end entity, got a CA")
     verify_time(chain[-1], now)  # pinned by its digest, so its signature over itself adds nothing
-    for certificate, issuer in pairwise(chain):
-        if not is_ca(issuer):
-            raise ChainError("ca", f"{name(issuer)}: expected a CA certificate")
+    for below, (certificate, issuer) in enumerate(pairwise(chain)):
+        _verify_issuer(issuer, below)
         verify_issued(certificate, issuer)
         verify_time(certificate, now)
+
+
+def _verify_issuer(issuer: x509.Certificate, below: int) -> None:
+    # RFC 5280 6.1.4 (k) to (n): a CA, with room in its path length for the CAs below it, and a key that may certify.
+    found = {type(extension.value): extension.value for extension in issuer.extensions}
+    constraints, usage = found.get(x509.BasicConstraints), found.get(x509.KeyUsage)
+    if not isinstance(constraints, x509.BasicConstraints) or not constraints.ca:
+        raise ChainError("ca", f"{name(issuer)}: expected a CA certificate")
+    if constraints.path_length is not None and below > constraints.path_length:
+        text = f"expected at most {constraints.path_length} CA below it, got {below}"
+        raise ChainError("ca", f"{name(issuer)}: {text}")
+    if isinstance(usage, x509.KeyUsage) and not usage.key_cert_sign:
+        raise ChainError("ca", f"{name(issuer)}: expected a key that may sign certificates")
 
 
 def verify_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from countermark import x509chain
 from countermark.errors import FormatError
 from countermark.x509chain import ChainError
-from countermark_appliance.platform.sim.issue import issue_crl
+from countermark_appliance.platform.sim.issue import issue, issue_crl
 from sim_evidence import NOW, machine, sha256
 
 YEAR_S = 365 * 86_400
@@ -75,6 +81,43 @@ def test_a_leaf_that_issues_is_refused() -> None:
     vendor = machine().vendor
     with pytest.raises(ChainError) as err:
         verify([vendor.tcb_signing.der, vendor.tcb_signing.der, vendor.root.der])
+    assert err.value.reason == "ca"
+
+
+def test_a_path_length_is_kept() -> None:
+    """The platform CA has path length 0: a CA of its own making must not stand below it."""
+    vendor = machine().vendor
+    times: Any = {"not_before": NOW - 60, "not_after": NOW + 60, "curve": ec.SECP256R1()}
+    sub_ca = issue("sub CA", vendor.pck_ca, **times, ca=True)
+    leaf = issue("leaf", sub_ca, **times, ca=False)
+    with pytest.raises(ChainError) as err:
+        verify([leaf.der, sub_ca.der, vendor.pck_ca.der, vendor.root.der])
+    assert err.value.reason == "ca"
+
+
+def test_a_ca_whose_key_may_not_sign_certificates_is_refused() -> None:
+    vendor = machine().vendor
+    good = vendor.pck_ca.certificate
+    usage = dict.fromkeys(
+        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+    )
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(good.subject)
+        .issuer_name(good.issuer)
+        .public_key(vendor.pck_ca.key.public_key())
+        .serial_number(1)
+        .not_valid_before(good.not_valid_before_utc)
+        .not_valid_after(good.not_valid_after_utc)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(
+            x509.KeyUsage(**usage, key_cert_sign=False, crl_sign=True, encipher_only=False, decipher_only=False),
+            critical=True,
+        )
+    )
+    bad = builder.sign(vendor.root.key, hashes.SHA256()).public_bytes(Encoding.DER)
+    with pytest.raises(ChainError) as err:
+        verify([vendor.pck.der, bad, vendor.root.der])
     assert err.value.reason == "ca"
 
 
