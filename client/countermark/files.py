@@ -25,7 +25,7 @@ def read_file(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file with `data`, whole or not at all. Raises `UsageError` (`usage.file`)."""
+    """Replace a file with `data`, durably, whole or not at all. Raises `UsageError` (`usage.file`)."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -37,5 +37,10 @@ def write_file(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)  # the name is as durable as what it names
+        finally:
+            os.close(directory)
     except OSError as err:
         raise UsageError(f"{path}: {err.strerror}", code="usage.file") from err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 import zipfile
@@ -144,6 +145,20 @@ def test_sizes_are_capped(world: World) -> None:
     head = bytearray(encode_bundle(world.bundle()))
     head[18:26] = b"\xff" * 8  # a first entry of 4 GiB
     refused("bundle.container", bytes(head))
+
+
+def test_a_bundle_is_durable_under_its_name(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose directory was never synced may be gone after a power cut, content and all."""
+    synced: list[tuple[bool, bool]] = []
+    real = os.fsync
+
+    def sync(fd: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), (tmp_path / "answer.cmk").exists()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_bundle(tmp_path / "answer.cmk", world.bundle())
+    assert synced == [(False, False), (True, True)]  # the content before the name, the directory after it
 
 
 def test_files_are_written_whole_and_private(world: World, tmp_path: Path) -> None:
