@@ -43,8 +43,8 @@ def quality_line(result: dict[str, Any]) -> str:
     perplexity, top1 = result["perplexity_percent"], 100 * result["top1"]
     return (
         f"Against the same weights in binary32 (transformers), over {result['tokens']} tokens of the prose in\n"
-        f"`bench/data`: perplexity {perplexity:+.1f} %, KL divergence {result['kl']:.4f}, the same most likely token in\n"
-        f"{top1:.1f} % of positions ([numbers](bench/results/quality-cpu.json),\n"
+        f"`bench/data`: perplexity {perplexity:+.1f} %, KL divergence {result['kl']:.4f}, the same most likely token\n"
+        f"in {top1:.1f} % of positions ([numbers](bench/results/quality-cpu.json),\n"
         "`bench/quality.py`)."
     )
 
