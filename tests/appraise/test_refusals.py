@@ -28,6 +28,7 @@ from countermark.formats.boot_events import BootEvents, GpuIdentity, GpuMode
 from countermark.formats.evidence import Evidence, GpuEvidence, PlatformName, encode_evidence
 from countermark.formats.quote import TdAttributes, TdReport, encode_quote, parse_quote, quote_digest
 from countermark.formats.report_data import Claims, GpuFreshness, Purpose, encode_claims, keys_digest, parse_claims
+from countermark.gpu.report import DICE_FWID
 from countermark.policy import Policy, Profile, Waiver, new_policy
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.platform.sim import intel, nvidia
@@ -208,6 +209,19 @@ def one_gpu_twice() -> Verdict:
         return (first, first)
 
     return Scene(state=state, gpus=bend).appraise()
+
+
+def one_chip_twice() -> Verdict:
+    # A second device key of the same boot ROM, as other firmware would have it, measured like a GPU of its own.
+    state = good()
+    first = state.gpus[0]
+    fwid = first.device.certificate.extensions.get_extension_for_oid(DICE_FWID).value
+    assert isinstance(fwid, x509.UnrecognizedExtension)
+    times = {"not_before": NOW - 3600, "not_after": NOW + DAY_S}
+    device = issue("other firmware", first.boot_rom, **times, curve=ec.SECP384R1(), ca=False, extensions=(fwid,))
+    return Scene(state=replace(state, gpus=(first, replace(first, device=device)))).appraise(
+        policy_for(state, gpu_count=2)
+    )
 
 
 def gpu_crls(crls: tuple[bytes, ...]) -> Verdict:
@@ -720,6 +734,7 @@ ROWS: list[Row] = [
     ("GPU firmware other than certified", "8", "gpu.fwid", lambda: gpu(fwid=OTHER_48)),
     ("GPU swapped for another genuine one", "8", "gpu.device_key", swapped_gpu),
     ("one GPU shown twice", "8", "gpu.duplicate", one_gpu_twice),
+    ("one chip under two device keys", "8", "gpu.duplicate", one_chip_twice),
     (
         "GPU certificate revoked",
         "8",

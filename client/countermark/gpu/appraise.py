@@ -78,8 +78,9 @@ def appraise_gpus(
     )
     _verify_revocation(parsed, now)
     found = sorted(gpu.key for gpu in gpus)
-    if len(set(found)) != len(found):
-        raise _refuse("GPU device keys: expected each once, got a repeated one", "duplicate")
+    # By chip too: other firmware gives the same chip another device key.
+    if len(set(found)) != len(found) or len({gpu.chip for gpu in gpus}) != len(gpus):
+        raise _refuse("GPU device keys and chips: expected each once, got a repeated one", "duplicate")
     wanted = sorted(gpu.device_key for gpu in measured)
     if found != wanted:
         text = f"expected {[key.hex() for key in wanted]} as in RTMR3, got {[key.hex() for key in found]}"
