@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from countermark import policy as policies
 from countermark import terminal
-from countermark.appraise import Verdict
+from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
 from countermark.errors import CountermarkError, Unavailable, UsageError
 from countermark.files import read_file, write_file
@@ -135,7 +135,7 @@ def _offline(bundle: Path, directory: Path, text: str, say: Callable[[str], None
     """Verify and replay from files alone, as somebody else would."""
     say("verify: the bundle alone, offline")
     policy = policies.parse_policy(read_file(directory / "policy.toml"))
-    verified = verify_bundle(read_bundle(bundle), policy, int(time.time()))
+    verified = verify_bundle(read_bundle(bundle), policy, int(time.time()), time_basis=TimeBasis.NOW)
     terminal.show_checks(verified.checks)
     say("replay: run it again, audited in one pass and generated token by token")
     runner = load_runner(verified.receipt.intent.stack.profile, directory / "weights")
