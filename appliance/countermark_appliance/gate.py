@@ -17,6 +17,7 @@ import grpc.aio
 from countermark.errors import ChannelError, CountermarkError, FormatError, LogError, Unavailable, UsageError
 from countermark.wire import codec
 from countermark_appliance.connections import Connections
+from countermark_appliance.faults import describe
 
 _log = logging.getLogger(__name__)
 _BY_CODE: Final = {
@@ -91,14 +92,6 @@ def status_of(err: CountermarkError) -> grpc.StatusCode:
     """The gRPC status of one of our errors."""
     by_class = next((status for kind, status in _BY_CLASS if isinstance(err, kind)), grpc.StatusCode.INTERNAL)
     return _BY_CODE.get(err.code, by_class)
-
-
-def describe(err: BaseException) -> str:
-    """Type and place of an exception, without its message."""
-    trace = err.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return type(err).__name__ + (f" at {trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace else "")
 
 
 def _arity(streaming: bool) -> str:

@@ -35,7 +35,7 @@ from countermark_appliance.engine.request import (
     Sink,
     TokensEvent,
 )
-from countermark_appliance.gate import describe
+from countermark_appliance.faults import describe
 from countermark_appliance.records.recorder import Committed, Completed
 
 COALESCE_S: Final = 0.02

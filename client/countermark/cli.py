@@ -291,7 +291,7 @@ def _digest(text: str) -> bytes:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ cache positions. Sinks run on this thread and must not block.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,10 @@ from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.request import Finish
 from countermark_appliance.engine.scheduler import Scheduler, Work
 from countermark_appliance.engine.sequence import Sequence
+from countermark_appliance.faults import describe
 from countermark_kernels.ieee import NumericsError
+
+_log = logging.getLogger(__name__)
 
 
 class Loop:
@@ -69,10 +73,10 @@ class Loop:
                 works = self._scheduler.plan()
                 if works:
                     self._step(works)
-        except BaseException as err:
-            reason, detail = Finish.ERROR, f"engine: {type(err).__name__}: {err!s:.200}"
+        except Exception as err:  # noqa: BLE001  the thread's end: not re-raised, because a traceback prints the message
+            reason, detail = Finish.ERROR, f"engine: {describe(err)}"
             self.failed = True
-            raise
+            _log.error("engine: thread ended by %s", describe(err))
         finally:
             with self._wake:
                 self._closing = True
@@ -102,7 +106,7 @@ class Loop:
                     if not work.sequence.done:
                         self._step([work])
                 return
-            works[0].sequence.finish(Finish.ERROR, f"{type(err).__name__}: {err!s:.200}")
+            works[0].sequence.finish(Finish.ERROR, describe(err))
 
     def _forward(self, works: Seq[Work]) -> None:
         chunks = []
