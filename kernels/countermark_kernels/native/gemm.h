@@ -145,17 +145,19 @@ static inline __m256i madd(__m256i sum, __m256i a, __m256i b) {
     return sum;
 }
 
-/* R rows of a times 8 columns of a widened panel: 12 sums, 2 columns, a quad and a product fill 16 registers.
- * `ahead`: bytes to fetch meanwhile, the next panel, which the widening would otherwise wait for; or NULL. */
-static inline __attribute__((always_inline)) void tile(const int R, const a_t *a, const int16_t *b, int64_t k4,
-                                                       int32_t *c, int64_t ldc, bool add, const int8_t *ahead) {
+#define FETCH_AHEAD 4096 /* the next panel follows in memory; past the end of the last one it does nothing */
+
+/* R rows of a times 8 columns (`half` of a panel): 12 sums, 2 columns, a quad and a product fill 16 registers. Widening
+ * the panel on the way costs nothing: it runs in pipes that multiplication leaves idle. */
+static inline __attribute__((always_inline)) void tile(const int R, const a_t *a, const int8_t *half, int64_t k4,
+                                                       int32_t *c, int64_t ldc, bool add) {
     __m256i sum[TILE_MAX][2];
     for (int r = 0; r < R; r++)
         sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-    for (int64_t g = 0; g < k4; g++, b += 32, a += R * 4) {
-        const __m256i b0 = _mm256_load_si256((const __m256i *)b), b1 = _mm256_load_si256((const __m256i *)(b + 16));
-        if (ahead)
-            _mm_prefetch((const char *)ahead + g * 64, _MM_HINT_T0);
+    for (int64_t g = 0; g < k4; g++, half += 64, a += R * 4) {
+        _mm_prefetch((const char *)half + FETCH_AHEAD, _MM_HINT_T0);
+        const __m256i b0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)half));
+        const __m256i b1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(half + 16)));
         for (int r = 0; r < R; r++) {
             const __m256i quad = quad_of(a + r * 4);
             sum[r][0] = madd(sum[r][0], b0, quad);
@@ -184,52 +186,34 @@ static inline __attribute__((always_inline)) void thin_tile(const int R, const i
             store_columns(c + r * ldc + 8 * h, sum[r][2 * h], sum[r][2 * h + 1], false);
 }
 
-#define WIDE_K4 144 /* 18 KiB of widened panel and at most 7 of activations: both stay in the first-level cache */
+#define CHUNK_K4 384 /* 24 KiB of panel, which stays in the first-level cache for all rows */
 
 /* c[rows][16] = a . panel. */
 static NOINLINE void gemm_panel(const a_t *a, int64_t rows, const int8_t *panel, int64_t k4, const int32_t *sums,
-                              int32_t *c, int64_t ldc) {
+                                int32_t *c, int64_t ldc) {
     (void)sums;
     switch (rows) {
     case 1: thin_tile(1, 4, a, panel, k4, c, ldc); return;
     case 2: thin_tile(2, 4, a, panel, k4, c, ldc); return;
-    case 3: /* 12 sums, 3 quads, a column and a product would be one register too many */
-        thin_tile(3, 2, a, panel, k4, c, ldc);
-        thin_tile(3, 2, a, panel + 32, k4, c + 8, ldc);
-        return;
     default: break;
     }
-    const int64_t height = tile_height(rows), chunks = (k4 + WIDE_K4 - 1) / WIDE_K4, chunk = (k4 + chunks - 1) / chunks;
-    _Alignas(32) int16_t wide[2][WIDE_K4 * 32]; /* eight columns each */
-    for (int64_t g = 0; g < k4; g += chunk) {
-        const int64_t count = k4 - g < chunk ? k4 - g : chunk;
-        for (int64_t i = 0; i < count; i++)
-            for (int v = 0; v < 4; v++)
-                _mm256_store_si256(
-                    (__m256i *)(wide[v / 2] + i * 32 + v % 2 * 16),
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(panel + (g + i) * 64 + v * 16))));
-        for (int64_t r = 0; r < rows; r += height)
-            for (int64_t h = 0; h < 2; h++) {
+    const int64_t height = tile_height(rows);
+    for (int64_t g = 0; g < k4; g += CHUNK_K4) {
+        const int64_t count = k4 - g < CHUNK_K4 ? k4 - g : CHUNK_K4;
+        for (int64_t h = 0; h < 2; h++)
+            for (int64_t r = 0; r < rows; r += height) {
                 const int64_t in_tile = rows - r < height ? rows - r : height;
                 const a_t *from = a + (r * k4 + g * in_tile) * 4;
+                const int8_t *half = panel + g * 64 + h * 32;
                 int32_t *to = c + r * ldc + h * 8;
-                const int8_t *ahead = r || h ? NULL : panel + (k4 + g) * 64;
-#define TILE(R)                                                                  \
-    case R:                                                                      \
-        if (ahead)                                                               \
-            tile(R, from, wide[h], count, to, ldc, g > 0, ahead);                \
-        else                                                                     \
-            tile(R, from, wide[h], count, to, ldc, g > 0, NULL);                 \
-        break
                 switch (in_tile) {
-                    TILE(6);
-                    TILE(5);
-                    TILE(4);
-                    TILE(3);
-                    TILE(2);
-                    TILE(1);
+                case 6: tile(6, from, half, count, to, ldc, g > 0); break;
+                case 5: tile(5, from, half, count, to, ldc, g > 0); break;
+                case 4: tile(4, from, half, count, to, ldc, g > 0); break;
+                case 3: tile(3, from, half, count, to, ldc, g > 0); break;
+                case 2: tile(2, from, half, count, to, ldc, g > 0); break;
+                default: tile(1, from, half, count, to, ldc, g > 0); break;
                 }
-#undef TILE
             }
     }
 }
