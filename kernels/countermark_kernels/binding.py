@@ -92,6 +92,7 @@ _SIGNATURES = {
     "cm_append": (_PTR, _I64, _I64, _PTR, _PTR, _PTR, _PTR),
     "cm_attend": (_PTR, _I64, _I64, _I64, _I64, _F32, _PTR, _PTR, _PTR),
     "cm_swiglu_quantise": (_PTR, _I64, _I64, _I64, _PTR, _PTR),
+    "cm_silu": (_PTR, _I64, _PTR),
     "cm_sample": (_PTR, _I64, _I64, _PTR, _PTR),
     "cm_fingerprint": (_PTR, _I64, _I64, _I64, _PTR, _PTR),
     "cm_decode": (_PTR, _PTR, _I64, _PTR, _PTR, _I64),

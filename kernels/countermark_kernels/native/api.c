@@ -115,6 +115,10 @@ EXPORT int cm_swiglu_quantise(const float *gate_up, int64_t rows, int64_t width,
     CALL(ops->swiglu(gate_up, rows, width, block, q, s));
 }
 
+EXPORT int cm_silu(const float *x, int64_t n, float *y) {
+    CALL(ops->silu(x, n, y));
+}
+
 EXPORT int cm_sample(const float *logits, int64_t rows, int64_t vocab, const struct cm_sampling *params, int64_t *ids) {
     CALL(ops->sample(logits, rows, vocab, params, ids));
 }

@@ -36,6 +36,7 @@ const struct cm_ops CM_JOIN(cm_ops_, CM_ISA) = {
     .append = append,
     .attend = attend,
     .swiglu = swiglu,
+    .silu = silu,
     .sample = sample,
     .fingerprint = fingerprint,
     .exp2_digest = exp2_digest,

@@ -19,6 +19,7 @@ struct cm_ops {
     int (*attend)(const struct cm_span *spans, int64_t span_count, int64_t heads, int64_t kv_heads, int64_t head_dim,
                   float score_constant, const int8_t *q, const float *s_q, float *out);
     int (*swiglu)(const float *gate_up, int64_t rows, int64_t width, int64_t block, int8_t *q, float *s);
+    int (*silu)(const float *x, int64_t n, float *y);
     int (*sample)(const float *logits, int64_t rows, int64_t vocab, const struct cm_sampling *params, int64_t *ids);
     int (*fingerprint)(const float *logits, int64_t rows, int64_t stride, int64_t vocab, const uint64_t *factors,
                        uint64_t *lanes);
