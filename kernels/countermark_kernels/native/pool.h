@@ -17,7 +17,7 @@ int cm_set_threads(int threads);
 
 /* At least `bytes` bytes, 64-byte aligned, owned by this thread until it asks for the same slot again; NULL: no memory.
  * Contents do not survive. A slot belongs to one level of the call tree, so callers never share one. */
-enum cm_slot { CM_SLOT_DECODER, CM_SLOT_OP, CM_SLOT_ITEM, CM_SLOT_TILE, CM_SLOTS };
+enum cm_slot { CM_SLOT_DECODER, CM_SLOT_OP, CM_SLOT_ITEM, CM_SLOTS };
 void *cm_scratch(enum cm_slot slot, size_t bytes);
 
 /* Round to nearest even, subnormals kept, exceptions masked; returns the environment to restore. */

@@ -1,0 +1,101 @@
+"""Digests of every op's bits on inputs made without a library generator: a changed bit means a new profile id.
+
+The digests were written by the torch path on 2026-11-22 (x86-64). Change one only together with `PROFILE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, EPS, on
+from torch import Tensor
+
+from countermark_kernels import PROFILE, activation, attention, fingerprint, ieee, linear, norm, quantise, rope, sampler
+from countermark_kernels.selftest import pattern
+
+
+def _int8(*shape: int, seed: int) -> Tensor:
+    return ieee.rint(pattern(*shape, seed=seed, scale=127.0)).to(torch.int8)
+
+
+def _rope() -> tuple[Tensor, ...]:
+    angle = pattern(8, 64, seed=30)
+    positions = torch.tensor([7, 0, 3], dtype=torch.int32)
+    gain = pattern(128, seed=31)
+    heads = rope.rope_quantise(
+        pattern(3, 4 * 128, seed=32),
+        positions,
+        angle,
+        -angle,
+        heads=2,
+        kv_heads=1,
+        head_dim=128,
+        q_gain=gain,
+        k_gain=gain,
+        eps=EPS,
+    )
+    return heads.q, heads.s_q, heads.k, heads.s_k, heads.v, heads.s_v
+
+
+def _attention() -> tuple[Tensor, ...]:
+    heads = rope.Heads(
+        q=_int8(41, 4, 64, seed=33),
+        s_q=pattern(41, 4, seed=34).abs(),
+        k=_int8(41, 2, 64, seed=35),
+        s_k=pattern(41, 2, seed=36).abs(),
+        v=_int8(41, 2, 64, seed=37),
+        s_v=pattern(41, 2, seed=38).abs(),
+    )
+    cache = attention.KvCache(layers=1, kv_heads=2, head_dim=64, capacity=41)
+    cache.append(0, heads, 0, 41, 0)
+    return (attention.attend(heads.q, heads.s_q, [attention.Span(cache=cache, start=0, end=41, position=0)], layer=0),)
+
+
+def _linear() -> tuple[Tensor, ...]:
+    weight = linear.prepare(_int8(50, 1100, seed=39), pattern(50, seed=40))
+    q, s = _int8(9, 1100, seed=41), pattern(9, seed=42)
+    return (linear.linear(q, s, weight, bias=pattern(50, seed=43), residual=pattern(9, 50, seed=44)),)
+
+
+def _sampler() -> tuple[Tensor, ...]:
+    logits = pattern(64, 2000, seed=45, scale=30.0)
+    params = [
+        sampler.SamplerParams(
+            temperature=ieee.f32(0.25 + 0.125 * (i % 8)), top_k=(i % 3) * 40, top_p_20bit=(1 << 20) - i * 9000, seed=i
+        )
+        for i in range(64)
+    ]
+    return (torch.tensor(sampler.sample(logits, params, list(range(64)), [sampler.History()] * 64)),)
+
+
+OPS: dict[str, tuple[Callable[[], tuple[Tensor, ...]], str]] = {
+    "quantise": (lambda: quantise.quantise(pattern(9, 333, seed=46)), "131155d560ad99a8d2a19635a31c6a80"),
+    "norm": (lambda: norm.norm_quantise(pattern(9, 333, seed=47), EPS), "1bf03f7246ca1d2f8f468b85f1b6e55e"),
+    "linear": (_linear, "234f1a7a1af08f02b45a1c5fa0131945"),
+    "rope": (_rope, "1967a24c2064cc79267bddb7a5bcf022"),
+    "attention": (_attention, "6315b873b03fe7883fc459373fba95be"),
+    "activation": (
+        lambda: activation.swiglu_quantise(pattern(9, 768, seed=48, scale=90.0), 128),
+        "0bb2c3b6346f7d6d7442899851f7a1b8",
+    ),
+    "sampler": (_sampler, "2a7ae45424c8ac322cc87ec643867781"),
+    "fingerprint": (
+        lambda: (fingerprint.fingerprint(pattern(3, 999, seed=49), 998),),
+        "8d104defeea37fda35b26324ca6ad2cb",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_bits_have_not_changed(name: str, backend: str) -> None:
+    assert PROFILE == "exact-v0"
+    run, expected = OPS[name]
+    digest = hashlib.sha256()
+    with on(backend):
+        for tensor in run():
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest()[:32] == expected
