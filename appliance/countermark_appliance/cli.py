@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="countermark-appliance", description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('countermark')}")
     parser.add_argument("--verbose", action="store_true", help="debug log lines on stderr (never prompts or keys)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -93,7 +95,9 @@ def _weights_build(args: argparse.Namespace) -> dict[str, object]:
     from countermark_appliance.engine import weights  # noqa: PLC0415
 
     if args.stand_in == (args.source is not None):
-        raise UsageError("weights build: expected either SOURCE or --stand-in", code="usage.source")
+        got = "both" if args.stand_in else f"only {str(args.out)!r}"
+        message = f"weights build: expected SOURCE OUT, or --stand-in OUT, got {got}"
+        raise UsageError(message, code="usage.source")
     source = weights.stand_in_gguf() if args.stand_in else args.source
     with _progress() as report:
         built = weights.build(source, args.out, name=args.name, context=args.context, progress=report)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Config:
 
 
 # table -> key -> (types, default); a default of ... means the key is required
-_SCHEMA: dict[str, dict[str, tuple[type | tuple[type, ...], Any]]] = {
+_SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "node": {"operator": (str, ...), "listen": (str, "127.0.0.1:0")},
     "platform": {"name": (str, ...), "state": (str, None)},
     "weights": {"dir": (str, ...), "root": (str, ...)},
@@ -52,6 +52,7 @@ _SCHEMA: dict[str, dict[str, tuple[type | tuple[type, ...], Any]]] = {
     "engine": {"threads": (int, 0), "max_sequences": (int, 16), "max_waiting": (int, 64)},
     "record": {"deployer_id": (str, None), "retention_until": (str, None)},
 }
+_KINDS = {str: "a string", int: "an integer"}
 _BOUNDS = {"threads": (0, 256), "max_sequences": (1, 256), "max_waiting": (0, 4096)}
 
 
@@ -73,14 +74,16 @@ def parse_config(data: bytes, *, base: Path) -> Config:
     except (ValueError, RecursionError) as err:  # ValueError: bad TOML, bad UTF-8, an integer of 5000 digits
         raise ConfigError(f"config: expected TOML: {err}", code="config.malformed") from err
     values = _flatten(document)
-    host, port = parse_address(values["listen"])
+    host, port = parse_address(values["listen"], name="node.listen")
     if not _OPERATOR.fullmatch(values["operator"]):
         raise ConfigError(
             f"node.operator: expected lower-case letters, digits, '.' and '-', got {values['operator']!r}",
             code="config.value",
         )
     if not _HEX32.fullmatch(values["root"]):
-        raise ConfigError("weights.root: expected 64 lower-case hex digits", code="config.value")
+        raise ConfigError(
+            f"weights.root: expected 64 lower-case hex digits, got {values['root']!r:.70}", code="config.value"
+        )
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
             raise ConfigError(f"engine.{name}: expected {low} to {high}, got {values[name]}", code="config.value")
@@ -102,11 +105,11 @@ def parse_config(data: bytes, *, base: Path) -> Config:
     )
 
 
-def parse_address(text: str) -> tuple[str, int]:
+def parse_address(text: str, *, name: str = "address") -> tuple[str, int]:
     """`HOST:PORT` or `[IPV6]:PORT` to its parts. Raises `ConfigError` (`config.address`)."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:]+)\]|([A-Za-z0-9.-]+)):(\d{1,5})", text)
     if match is None or int(match[3]) > 65535:
-        raise ConfigError(f"address: expected HOST:PORT, got {text!r}", code="config.address")
+        raise ConfigError(f"{name}: expected HOST:PORT, with a port up to 65535, got {text!r}", code="config.address")
     return match[1] or match[2], int(match[3])
 
 
@@ -118,22 +121,27 @@ def format_address(host: str, port: int) -> str:
 def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
     """Check every table and key against the schema; `dir` stands in two tables, so it keeps its table's name."""
     values: dict[str, Any] = {}
-    for table in document.keys() - _SCHEMA.keys():
-        raise ConfigError(f"config: unknown table or key {table!r}", code="config.unknown_key")
+    for table in sorted(document.keys() - _SCHEMA.keys()):
+        raise _unknown("a table", _SCHEMA, table)
     for table, keys in _SCHEMA.items():
         given = document.get(table, {})
         if not isinstance(given, dict):
-            raise ConfigError(f"{table}: expected a table", code="config.value")
-        for key in given.keys() - keys.keys():
-            raise ConfigError(f"config: unknown key '{table}.{key}'", code="config.unknown_key")
+            raise ConfigError(f"{table}: expected a table [{table}], got {type(given).__name__}", code="config.value")
+        for key in sorted(given.keys() - keys.keys()):
+            raise _unknown("a key", [f"{table}.{name}" for name in keys], f"{table}.{key}")
         for key, (kind, default) in keys.items():
             if key not in given and default is ...:
-                raise ConfigError(f"{table}.{key}: missing", code="config.missing")
+                raise ConfigError(f"{table}.{key}: expected {_KINDS[kind]}, got nothing", code="config.missing")
             value = given.get(key, default)
             if key in given and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ConfigError(f"{table}.{key}: got {type(value).__name__}", code="config.value")
+                message = f"{table}.{key}: expected {_KINDS[kind]}, got {value!r:.60}"
+                raise ConfigError(message, code="config.value")
             if isinstance(value, str) and not (len(value) <= MAX_TEXT and value.isprintable()):
                 message = f"{table}.{key}: expected at most {MAX_TEXT} printable characters"
                 raise ConfigError(message, code="config.value")
             values[f"{table}.{key}" if key == "dir" else key] = value
     return values
+
+
+def _unknown(what: str, known: Iterable[str], got: str) -> ConfigError:
+    return ConfigError(f"config: expected {what} of {', '.join(known)}, got {got!r:.80}", code="config.unknown_key")

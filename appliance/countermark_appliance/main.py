@@ -68,7 +68,9 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
         kernel_digest=kernel_digest(),
     )
     extend_boot(platform, boot)
+    _log.info("weights: checking every block in %s", config.weights_dir)
     artefact = weights.load(config.weights_dir, expected_root=config.weights_root)
+    _log.info("engine: loading, self-test")
     engine = Engine(
         artefact,
         threads=config.threads,

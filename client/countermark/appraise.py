@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, Final, NoReturn, final
 
 from countermark.binding import Connection, verify_binding, verify_measured
-from countermark.checks import Check, Status
+from countermark.checks import Check, Status, rfc3339
 from countermark.errors import (
     ChannelError,
     CountermarkError,
@@ -265,7 +265,8 @@ def appraise(
     if (scope is Scope.SESSION) is not (connection is not None):
         raise UsageError("connection: expected in scope session and only there", code="appraise.connection")
     if now > policy.not_after:
-        raise PolicyError(f"policy: valid until {policy.not_after}, time is {now}", code="policy.expired")
+        message = f"policy.not_after: expected a time until {rfc3339(policy.not_after)}, got {rfc3339(now)}"
+        raise PolicyError(message, code="policy.expired")
     steps = _Steps()
 
     with steps.step("1") as detail:

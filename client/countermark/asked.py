@@ -1,14 +1,16 @@
 """What a client asked for, read back from the exact bytes it sent (protobuf `countermark.v1.GenerateRequest`).
 
 The request is bound into the INTENT by the hash of these bytes, so whoever checks an answer reads the request from the
-same bytes, and compares every setting that was given with the one recorded as applied. A setting that was not given is
-the server's to resolve; it is recorded too, but there is nothing to compare it with. Stop strings and logit biases have
-no such state: none asked for means none.
+same bytes, and compares every setting with the one recorded as applied. What was not given has the protocol's default
+(`DEFAULTS`: greedy, nothing filtered, nothing penalised), so a node cannot choose it. The node's to choose, and only
+recorded, are a seed and a `max_tokens` that the request leaves open, since they depend on the node and its model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from countermark.errors import FormatError, ReceiptError, RequestError
 from countermark.formats.records import Intent
@@ -16,12 +18,23 @@ from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 
 _ONE_20BIT = 1 << 20
+DEFAULTS: Final[Mapping[str, object]] = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p_20bit": _ONE_20BIT,
+    "min_p_20bit": 0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "ignore_eos": False,
+}
+"""What a setting is when a request does not give it (proto `countermark.v1.Sampling`), as a record names it."""
 _PLAIN = ("temperature", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request as sent. `settings`: what was given, by the name of the field it must equal in the record."""
+    """A request as sent. `settings`: what was given or has a default, by the name of the field it equals in a record."""
 
     nonce: bytes
     model: str
@@ -52,7 +65,7 @@ def parse_request(data: bytes) -> Asked:
 
 
 def check_settings(asked: Asked, intent: Intent) -> None:
-    """Every setting that was given is recorded as given. Raises `ReceiptError` (`receipt.setting.<name>`)."""
+    """Every setting is recorded as given, or as its default. Raises `ReceiptError` (`receipt.setting.<name>`)."""
     sampling = intent.sampling
     applied: dict[str, object] = {name: getattr(sampling, name) for name in _PLAIN}
     applied |= {
@@ -69,7 +82,7 @@ def check_settings(asked: Asked, intent: Intent) -> None:
         wanted["model"] = asked.model
     for name, value in wanted.items():
         if applied[name] != value:
-            message = f"{name}: expected {value!r}, as asked, got {applied[name]!r} recorded"
+            message = f"{name}: expected {value!r}, as asked or by default, got {applied[name]!r} recorded"
             raise ReceiptError(message, code=f"receipt.setting.{name}")
     origin = "client" if "seed" in wanted else "server"
     if sampling.seed_origin != origin:
@@ -79,7 +92,7 @@ def check_settings(asked: Asked, intent: Intent) -> None:
 
 def _settings(message: pb.GenerateRequest) -> dict[str, object]:
     sampling = message.sampling
-    settings: dict[str, object] = {name: getattr(sampling, name) for name in _PLAIN if sampling.HasField(name)}
+    settings = dict(DEFAULTS) | {name: getattr(sampling, name) for name in _PLAIN if sampling.HasField(name)}
     if sampling.HasField("top_p"):  # the sampler's unit; profile exact-v0 rounds half to even and never to nothing
         settings["top_p_20bit"] = max(1, _in_20bit(sampling.top_p))
     if sampling.HasField("min_p"):

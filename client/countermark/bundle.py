@@ -94,10 +94,16 @@ def parse_bundle(data: bytes) -> Bundle:
         raise BundleError(f"bundle: expected at most {MAX_BUNDLE_BYTES} bytes, got {len(data)}", code="bundle.size")
     entries = _read_entries(data)
     names = tuple(entries)
+    if not names:
+        raise BundleError("bundle: expected a file as `chat --bundle` writes it, got another", code="bundle.container")
     if names not in ((MANIFEST, *_ENTRIES), (MANIFEST, *(name for name in _ENTRIES if name != OPTIONAL))):
-        raise BundleError(f"bundle: expected its fixed entries in order, got {names!r:.200}", code="bundle.container")
+        raise BundleError(
+            f"bundle: expected its fixed entries in order, got {', '.join(names)!r:.200}", code="bundle.container"
+        )
     if _encode_zip(entries) != data:
-        raise BundleError("bundle: bytes that belong to no entry, or a header that differs", code="bundle.container")
+        where = _changed(entries, data)
+        message = f"bundle: expected the bytes as they were written; changed, cut or added {where}"
+        raise BundleError(message, code="bundle.container")
     manifest = entries.pop(MANIFEST)
     for name, content in entries.items():
         if len(content) > _ENTRIES[name]:
@@ -144,6 +150,17 @@ def _encode_zip(entries: Mapping[str, bytes]) -> bytes:
     return bytes(body + directory + end)
 
 
+def _changed(entries: Mapping[str, bytes], data: bytes) -> str:
+    """For people: the first entry whose content has not the CRC-32 of its local header, else what is left."""
+    at = 0
+    for name, content in entries.items():
+        crc = int.from_bytes(data[at + 14 : at + 18], "little")
+        if zlib.crc32(content) != crc:
+            return f"in {name!r:.60}"
+        at += _LOCAL.size + len(name) + len(content)
+    return "outside its entries"
+
+
 def _read_entries(data: bytes) -> dict[str, bytes]:
     """Names and contents by the local headers, up to the central directory; everything else is compared later."""
     entries: dict[str, bytes] = {}
@@ -156,6 +173,8 @@ def _read_entries(data: bytes) -> dict[str, bytes]:
         at = start + size
         name = data[start - name_size : start].decode("ascii", errors="replace")
         if at > len(data) or name in entries:
-            raise BundleError("bundle: ends inside an entry, or names one twice", code="bundle.container")
+            raise BundleError(
+                "bundle: expected whole entries, got one that is cut short or named twice", code="bundle.container"
+            )
         entries[name] = data[start:at]
     return entries

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import pairwise
 from typing import Final
 
@@ -18,6 +19,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from countermark.checks import rfc3339
 from countermark.errors import FormatError
 from countermark.formats.quote import parse_pem_chain as pem_to_der
 
@@ -152,9 +154,9 @@ def verify_time(certificate: x509.Certificate, now: int) -> None:
     """Raises `ChainError` `not_yet_valid` or `expired` when `now` is outside the certificate's validity."""
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < start.timestamp():
-        raise ChainError("not_yet_valid", f"{name(certificate)}: valid from {start.isoformat()}, time is {now}")
+        raise ChainError("not_yet_valid", f"{name(certificate)}: valid from {_date(start)}, time is {rfc3339(now)}")
     if now > end.timestamp():
-        raise ChainError("expired", f"{name(certificate)}: valid until {end.isoformat()}, time is {now}")
+        raise ChainError("expired", f"{name(certificate)}: valid until {_date(end)}, time is {rfc3339(now)}")
 
 
 def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *, now: int) -> None:
@@ -171,10 +173,15 @@ def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *,
     if not valid:
         raise ChainError("crl_signature", f"CRL of {name(issuer)}: signature does not verify")
     if now < crl.last_update_utc.timestamp():
-        start = crl.last_update_utc.isoformat()
-        raise ChainError("not_yet_valid", f"CRL of {name(issuer)}: valid from {start}, time is {now}")
+        start = _date(crl.last_update_utc)
+        raise ChainError("not_yet_valid", f"CRL of {name(issuer)}: valid from {start}, time is {rfc3339(now)}")
     if crl.next_update_utc is None or now > crl.next_update_utc.timestamp():
-        raise ChainError("expired", f"CRL of {name(issuer)}: nextUpdate {crl.next_update_utc}, time is {now}")
+        until = "absent" if crl.next_update_utc is None else _date(crl.next_update_utc)
+        raise ChainError("expired", f"CRL of {name(issuer)}: nextUpdate {until}, time is {rfc3339(now)}")
+
+
+def _date(moment: datetime) -> str:
+    return rfc3339(int(moment.timestamp()))
 
 
 def is_revoked(certificate: x509.Certificate, crl: x509.CertificateRevocationList) -> bool:

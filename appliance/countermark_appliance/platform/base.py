@@ -58,7 +58,10 @@ def open_platform(name: str, state: Path | None) -> Platform:
     if name != PlatformName.SIM.value:
         raise ConfigError(f"platform.name: {name} is not available in this build", code="platform.unavailable")
     if state is None:
-        raise ConfigError("platform.state: expected the directory of the simulated platform", code="platform.state")
+        raise ConfigError(
+            "platform.state: expected the directory that `countermark-appliance sim new` made, got none",
+            code="platform.state",
+        )
     from countermark_appliance.platform import sim  # noqa: PLC0415  production images carry no `sim` package
 
     return sim.boot(sim.load(state))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from countermark import keys
+from countermark.checks import rfc3339
 from countermark.errors import MeasurementError
 from countermark.formats import manifest as manifests
 from countermark.formats.manifest import Manifest
@@ -84,14 +85,17 @@ def verify_manifest(envelope: bytes, *, signers: Sequence[bytes], now: int) -> M
     message = manifests.pae(parsed.payload)
     for item in parsed.signatures:
         if manifests.signer_digest(item.key) not in signers:
-            text = f"manifest signer: expected one of {[digest.hex() for digest in signers]}, got {item.keyid}"
+            known = " or ".join(digest.hex() for digest in signers) or "a signer (none is named)"
+            text = f"manifest signer: expected {known}, got {item.keyid}"
             raise MeasurementError(text, code="manifest.signer")
         if not keys.load(item.key).verify(item.signature, message):
             text = f"manifest: the {item.key.algorithm.name} signature of {item.keyid} does not verify"
             raise MeasurementError(text, code="manifest.signature")
     image = manifests.parse_manifest(parsed.payload)
     if now < image.not_before:
-        raise MeasurementError(f"manifest: valid from {image.not_before}, time is {now}", code="manifest.not_yet_valid")
+        text = f"manifest: valid from {rfc3339(image.not_before)}, time is {rfc3339(now)}"
+        raise MeasurementError(text, code="manifest.not_yet_valid")
     if now > image.not_after:
-        raise MeasurementError(f"manifest: valid until {image.not_after}, time is {now}", code="manifest.expired")
+        text = f"manifest: valid until {rfc3339(image.not_after)}, time is {rfc3339(now)}"
+        raise MeasurementError(text, code="manifest.expired")
     return image

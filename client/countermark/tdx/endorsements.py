@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from countermark import x509chain
+from countermark.checks import rfc3339
 from countermark.errors import FormatError, TcbError
 from countermark.formats import strict_json
 from countermark.policy import DAY_S, Policy
@@ -162,11 +163,15 @@ def verify_endorsements(endorsements: Endorsements, policy: Policy, *, now: int)
     dates["PCK CRL"] = (int(endorsements.pck_crl.last_update_utc.timestamp()), now)
     for what, (issued, until) in dates.items():
         if now < issued:
-            raise TcbError(f"{what}: issued {issued}, time is {now}", code="endorsements.not_yet_valid", step="2")
+            message = f"{what}: issued {rfc3339(issued)}, time is {rfc3339(now)}"
+            raise TcbError(message, code="endorsements.not_yet_valid", step="2")
         if now > until:
-            raise TcbError(f"{what}: next update {until}, time is {now}", code="endorsements.expired", step="2")
+            message = f"{what}: next update {rfc3339(until)}, time is {rfc3339(now)}"
+            raise TcbError(message, code="endorsements.expired", step="2")
         if now - issued > policy.endorsement_max_age_days * DAY_S:
-            message = f"{what}: expected at most {policy.endorsement_max_age_days} days old, got {now - issued} s"
+            message = (
+                f"{what}: expected at most {policy.endorsement_max_age_days} days old, got {(now - issued) / DAY_S:.1f}"
+            )
             raise TcbError(message, code="endorsements.too_old", step="2")
     for what, item in signed.items():
         if item.evaluation_data_number < policy.min_tcb_evaluation_data_number:

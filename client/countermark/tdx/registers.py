@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from countermark.checks import rfc3339
 from countermark.errors import MeasurementError, Undecidable
 from countermark.formats import eventlog
 from countermark.formats.eventlog import EV_NO_ACTION, EventLog
@@ -60,10 +61,14 @@ def verify_registers(
 
 def _verify_validity(image: Manifest, now: int) -> None:
     if now < image.not_before:
-        message = f"manifest of image {image.image_id.hex()}: valid from {image.not_before}, time is {now}"
+        message = (
+            f"manifest of image {image.image_id.hex()}: valid from {rfc3339(image.not_before)}, time is {rfc3339(now)}"
+        )
         raise MeasurementError(message, code="manifest.not_yet_valid", step="5")
     if now > image.not_after:
-        message = f"manifest of image {image.image_id.hex()}: valid until {image.not_after}, time is {now}"
+        message = (
+            f"manifest of image {image.image_id.hex()}: valid until {rfc3339(image.not_after)}, time is {rfc3339(now)}"
+        )
         raise MeasurementError(message, code="manifest.expired", step="5")
 
 

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -31,6 +32,12 @@ GENERATE: Final = f"/{SERVICE}/Generate"
 CODE_KEY: Final = "countermark-code"
 """Trailing metadata: the stable code of the error that ended a call."""
 RETRY_KEY: Final = "countermark-retry-after-ms"
+_RANGES: Final = {
+    FieldDescriptor.TYPE_UINT32: "0 to 4294967295",
+    FieldDescriptor.TYPE_UINT64: "0 to 18446744073709551615",
+    FieldDescriptor.TYPE_FLOAT: "a binary32 number",
+    FieldDescriptor.TYPE_BOOL: "true or false",
+}
 _CODE: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+")
 
 NONCE_BYTES: Final = 32
@@ -205,7 +212,9 @@ def _assign(message: Message, **values: object) -> None:
         try:
             setattr(message, name, value)
         except (TypeError, ValueError) as err:
-            raise RequestError(f"{name}: expected a value that fits its type", code=f"request.{name}") from err
+            got = f"{value}"[:60] if isinstance(value, int | float) else type(value).__name__  # never a prompt
+            wanted = _RANGES.get(message.DESCRIPTOR.fields_by_name[name].type, "text")
+            raise RequestError(f"{name}: expected {wanted}, got {got}", code=f"request.{name}") from err
 
 
 def _has_unknown(message: Message) -> bool:

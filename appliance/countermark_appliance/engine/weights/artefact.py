@@ -207,7 +207,7 @@ def _sidecar_root(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(1 << 16)
     except OSError as err:
-        raise WeightsError(f"{path.name}: {err.strerror}", code="weights.missing") from err
+        raise WeightsError(f"{path}: {err.strerror}", code="weights.missing") from err
     value: dict[str, Json] = parse_object(data, what=SIDECAR, max_bytes=(1 << 16) - 1)
     exact_keys(value, _SIDECAR_KEYS, what=SIDECAR)
     for key in ("salt", "manifest_blake3"):
@@ -224,7 +224,7 @@ def _open(path: Path) -> memoryview:
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as err:
-        raise WeightsError(f"{path.name}: {err.strerror}", code="weights.missing") from err
+        raise WeightsError(f"{path}: {err.strerror}", code="weights.missing") from err
     except ValueError as err:
         raise WeightsError(f"{path.name}: expected data, got an empty file", code="weights.truncated") from err
 

@@ -61,7 +61,9 @@ def open_source(path: Path) -> Source:
     if path.is_dir():
         return FolderSource(path)
     if not path.is_file():
-        raise WeightsError(f"source: expected a GGUF file or a folder, got {path.name!r}", code="weights.missing")
+        raise WeightsError(
+            f"source: expected a GGUF file or a folder, found none at {str(path)!r}", code="weights.missing"
+        )
     return GgufSource(path)
 
 

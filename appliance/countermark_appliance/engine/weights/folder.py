@@ -119,7 +119,7 @@ class FolderSource:
             with (self._path / name).open("rb") as file:
                 data = file.read(limit + 1)
         except OSError as err:
-            raise WeightsError(f"{name}: {err.strerror}", code="weights.missing") from err
+            raise WeightsError(f"{self._path / name}: {err.strerror}", code="weights.missing") from err
         if len(data) > limit:
             raise WeightsError(f"{name}: expected at most {limit} bytes", code="weights.json")
         return data

@@ -61,8 +61,8 @@ class GgufFile:
                 raise _malformed(f"expected at least 24 bytes, got {size}")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         cursor = _Cursor(self._map)
-        if cursor.take(4) != b"GGUF":
-            raise _malformed("expected magic GGUF")
+        if (magic := bytes(cursor.take(4))) != b"GGUF":
+            raise _malformed(f"expected a file that begins with GGUF, got {magic!r} in {path.name!r}")
         version = cursor.number("<I")
         if version != 3:
             raise WeightsError(f"gguf: expected version 3, got {version}", code="weights.unsupported_gguf")
