@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,17 +21,19 @@ from countermark import policy as policies
 from countermark import terminal
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
-from countermark.demo import run_demo
-from countermark.errors import CountermarkError, RequestError, UsageError
+from countermark.demo import DemoResult, run_demo
+from countermark.errors import CountermarkError, FormatError, RequestError, UsageError, VerificationError
 from countermark.files import read_file, write_file
 from countermark.policy import Policy, Profile, load_policy
-from countermark.replay import Mode, load_runner, replay
+from countermark.replay import Equivalence, Mode, load_runner, replay
 from countermark.session import connect
 from countermark.verify import Verification, verify_bundle
 
 EXIT_CODES = """exit codes:
   0 verified   1 usage, policy or request   10 quote   11 TCB or freshness   12 measurement   13 weights   14 GPU
   15 channel   20 receipt or bundle   21 log   30 replay diverged   40 cannot be decided   50 unavailable"""
+
+_TIMES = "expected a time such as 2026-01-31T12:00:00Z, or 'now'"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,9 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CountermarkError as err:
         terminal.show_error(err)
         if getattr(args, "json", False):
+            word = "reject" if isinstance(err, VerificationError | FormatError) else "undecidable"
             _print_json(
                 {
-                    "verdict": "undecidable" if err.exit_code in (40, 50) else "reject",
+                    "verdict": word,
+                    "verification": word,
                     "code": err.code,
                     "step": err.step,
                     "message": str(err),
@@ -74,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return err.exit_code
     except KeyboardInterrupt:
+        terminal.note("\nstopped before the end: nothing was verified to the end, nothing was saved")
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -88,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('countermark')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
 
     demo = _command(
@@ -161,13 +169,15 @@ def _command(
 
 
 def _demo(args: argparse.Namespace) -> None:
-    result = run_demo(args.dir, args.prompt, say=terminal.step, listen=args.listen, keep_serving=args.keep_serving)
-    if args.json:
-        _print_json(result.as_json())
-        return
-    print(f"answer: {terminal.printable(result.answer)}")
-    print(f"bundle: {result.bundle}")
-    print(f"replay: {result.replay}")
+    def show(result: DemoResult) -> None:
+        if args.json:
+            _print_json(result.as_json())
+        else:
+            print(f"answer: {terminal.printable(result.answer)}")
+            print(f"bundle: {result.bundle}")
+            print(f"replay: {result.replay}", flush=True)
+
+    run_demo(args.dir, args.prompt, say=terminal.step, show=show, listen=args.listen, keep_serving=args.keep_serving)
 
 
 def _attest(args: argparse.Namespace) -> None:
@@ -181,6 +191,13 @@ def _attest(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     policy = load_policy(args.policy)
+    manifest = read_file(args.manifest) if args.manifest else None
+    if manifest is not None and args.bundle is None:
+        raise UsageError("--manifest: expected --bundle beside it, got none", code="usage.bundle")
+    if args.bundle is not None and (args.bundle.is_dir() or not os.access(args.bundle.absolute().parent, os.W_OK)):
+        raise UsageError(f"--bundle: expected a file in a folder we may write to, got {args.bundle}", code="usage.file")
+    if args.prompt is None and sys.stdin.isatty():
+        terminal.note("prompt: type it, then Ctrl-D on a line of its own")
     try:
         prompt = sys.stdin.read() if args.prompt is None else args.prompt
     except UnicodeDecodeError as err:
@@ -206,7 +223,7 @@ def _chat(args: argparse.Namespace) -> None:
         print()
     terminal.show_checks(answer.receipt.checks[len(answer.verdict.checks) :])
     if args.bundle:
-        answer.save(args.bundle, manifest=read_file(args.manifest) if args.manifest else None)
+        answer.save(args.bundle, manifest=manifest)
         terminal.note(f"bundle: {args.bundle}")
     if args.json:
         _print_json({"answer": answer.text, "bundle": str(args.bundle or ""), "verdict": answer.verdict.as_json()})
@@ -228,8 +245,11 @@ def _replay(args: argparse.Namespace) -> None:
         result = replay(verified, runner, args.mode)
     if args.json:
         _print_json({"simulated": verified.verdict.simulated, **result.as_json()})
+        args.json = False  # one object, also when the next line raises
     else:
         print(f"replay: {'identical' if result.identical else 'diverged'} ({result.equivalence.value})")
+        if result.equivalence is Equivalence.SAME_PROFILE:
+            terminal.note("other hardware: this machine does not show that it runs the recorded image")
     result.require_identical()
 
 
@@ -249,11 +269,16 @@ def _policy_show(args: argparse.Namespace) -> None:
 
 def _policy_pin(args: argparse.Namespace) -> None:
     before = load_policy(args.policy)
+    if len(args.signer) != 2 and (args.signer or not before.manifest_signers):
+        message = f"--signer: expected two digests, of the ES256 and the ML-DSA-65 signer, got {len(args.signer)}"
+        raise UsageError(message, code="usage.signer")
     after = policies.pin(
         before, read_file(args.manifest), now=int(time.time()), signers=args.signer, weights_roots=args.weights
     )
     write_file(args.policy, policies.encode_policy(after).encode())
-    terminal.note(f"{args.policy}: {len(after.images)} image(s), manifest version {after.manifest_version}")
+    accepted = f"{len(after.images)} image(s), manifest version {after.manifest_version}"
+    roots = f"{len(after.weights_roots)} weights root(s)" if after.weights_roots else "NO weights yet (--weights ROOT)"
+    terminal.note(f"{args.policy}: accepts {accepted}, {roots}")
 
 
 def _verified(args: argparse.Namespace) -> Verification:
@@ -278,9 +303,9 @@ def _time(text: str) -> int | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as err:
-        raise argparse.ArgumentTypeError(f"expected RFC 3339 or 'now', got {text!r}") from err
+        raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r}") from err
     if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"expected an offset such as Z, got {text!r}")
+        raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r} without an offset")
     return int(moment.timestamp())
 
 

@@ -83,11 +83,15 @@ def run_demo(
     prompt: str,
     *,
     say: Callable[[str], None],
+    show: Callable[[DemoResult], None],
     listen: str = "127.0.0.1:0",
     keep_serving: bool = False,
-) -> DemoResult:
-    """Run all steps below `directory`. Raises what the steps raise, and `Unavailable` (`demo.appliance`) when the
-    appliance does not come up; its own log is `appliance.log` in the directory."""
+) -> None:
+    """Run all steps below `directory` and `show` the result.
+
+    Raises what the steps raise, and `Unavailable` (`demo.appliance`) when the appliance does not come up; its own log
+    is `appliance.log` in the directory.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
     for name in ("sim", "log"):
@@ -120,15 +124,16 @@ def run_demo(
             terminal.show_simulated()
             terminal.show_checks(session.verdict.checks)
             say(f"ask: {prompt}")
-            answer = session.generate(messages=[("user", prompt)], max_tokens=96, temperature=0.2, top_p=0.9).result()
+            with terminal.progress("answering"):
+                asked = session.generate(messages=[("user", prompt)], max_tokens=96, temperature=0.2, top_p=0.9)
+                answer = asked.result()
         answer.save(bundle, manifest=manifest)
-        result = _offline(bundle, directory, answer.text, say)
+        show(_offline(bundle, directory, answer.text, say))
         if keep_serving:
             say(f"serving on {address} with policy {directory / 'policy.toml'}; Ctrl-C ends it")
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
                     time.sleep(3600)
-    return result
 
 
 def _offline(bundle: Path, directory: Path, text: str, say: Callable[[str], None]) -> DemoResult:
@@ -138,11 +143,13 @@ def _offline(bundle: Path, directory: Path, text: str, say: Callable[[str], None
     verified = verify_bundle(read_bundle(bundle), policy, int(time.time()), time_basis=TimeBasis.NOW)
     terminal.show_checks(verified.checks)
     say("replay: run it again, audited in one pass and generated token by token")
-    runner = load_runner(verified.receipt.intent.stack.profile, directory / "weights")
-    audit = replay(verified, runner, Mode.AUDIT)
-    audit.require_identical()
-    regenerated = replay(verified, runner, Mode.REGENERATE)
-    regenerated.require_identical()
+    with terminal.progress("loading the weights"):
+        runner = load_runner(verified.receipt.intent.stack.profile, directory / "weights")
+    with terminal.progress("running it again"):
+        audit = replay(verified, runner, Mode.AUDIT)
+        audit.require_identical()
+        regenerated = replay(verified, runner, Mode.REGENERATE)
+        regenerated.require_identical()
     return DemoResult(answer=text, bundle=bundle, verified=verified, audit=audit, regenerated=regenerated)
 
 
@@ -179,7 +186,8 @@ def _serving(directory: Path) -> Iterator[str]:
             assert process.stdout is not None
             line = process.stdout.readline()  # one JSON line, or the end of a process that failed
         if not line:
-            raise Unavailable(f"appliance: did not start, see {log}", code="demo.appliance")
+            last = (log.read_text(errors="replace").splitlines() or ["it wrote nothing"])[-1]
+            raise Unavailable(f"appliance: did not start: {last:.300} (see {log})", code="demo.appliance")
         yield json.loads(line)["listening"]
     finally:
         process.terminate()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +23,7 @@ from countermark.errors import CountermarkError, Unavailable, Undecidable, Usage
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 _DIGEST = re.compile(r"\b([0-9a-f]{16})[0-9a-f]{16,}\b")
+_INDENT = " " * 12
 _STYLE = {Status.PASS: "green", Status.FAIL: "bold red", Status.SKIP: "yellow"}
 
 
@@ -29,14 +32,21 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def show_checks(checks: Iterable[Check], *, console: Console = ERR) -> None:
+def show_checks(checks: Iterable[Check], *, console: Console | None = None) -> None:
     """One line a check: number, PASS, FAIL or SKIP, name, what was seen (digests cut where nothing is wrong)."""
+    console = console or ERR
     for check in checks:
         style = _STYLE[check.status]
         code = f" [red]\\[{escape(check.code)}][/red]" if check.code else ""
         text = _DIGEST.sub(r"\1…", check.detail) if check.status is Status.PASS else check.detail
-        detail = f"  [dim]{escape(printable(text))}[/dim]" if text else ""
-        console.print(f"{check.step:>4}  [{style}]{check.status.value}[/{style}]  {escape(check.name)}{code}{detail}")
+        head = f"{check.step:>4}  [{style}]{check.status.value}[/{style}]  {escape(check.name)}{code}"
+        text, between = printable(text), "  "
+        used = len(f"{check.step:>4}  {check.status.value}  {check.name}  {check.code}")
+        if console.is_terminal and used + len(text) > console.width:  # under its name instead of around the edge
+            between = "\n" + _INDENT
+            text = textwrap.fill(text, max(console.width - len(_INDENT), 40), break_long_words=False)
+            text = text.replace("\n", between)
+        console.print(head + (f"{between}[dim]{escape(text)}[/dim]" if text else ""))
 
 
 def step(text: str) -> None:
@@ -59,7 +69,10 @@ def show_simulated(*, console: Console = ERR) -> None:
 
 def show_error(err: CountermarkError) -> None:
     """A refusal: the checks made so far, then what differed and the stable code."""
-    show_checks(err.checks)
+    *before, last = err.checks or (None,)
+    show_checks(check for check in before if check)
+    if last is not None:  # what differed stands once, in the last line
+        show_checks([replace(last, detail="") if last.detail == str(err) else last])
     words = ((Unavailable, "unavailable"), (Undecidable, "cannot decide"), (UsageError, "error"))
     word = next((word for kind, word in words if isinstance(err, kind)), "refused")
     step = f"step {err.step}, " if err.step else ""

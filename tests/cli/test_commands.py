@@ -34,7 +34,9 @@ def test_a_time_needs_a_date_and_an_offset(at: str, capsys: pytest.CaptureFixtur
 def test_missing_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "none.cmk"), "--policy", str(tmp_path / "none.toml"), "--json"]) == 1
     seen = capsys.readouterr()
-    assert json.loads(seen.out)["code"] == "usage.file"
+    refused = json.loads(seen.out)
+    assert refused["code"] == "usage.file"
+    assert refused["verdict"] == refused["verification"] == "undecidable"  # nothing was checked, so nothing is rejected
     assert "none.toml" in seen.err
 
 
@@ -58,7 +60,9 @@ def test_policy_new_show_pin(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     policy.write_text(capsys.readouterr().out)
     pin = ["policy", "pin", machine["manifest"], "--policy", str(policy), "--weights", "ab" * 32]
     before = policy.read_bytes()
-    assert main([*pin, "--signer", "00" * 32]) == 12  # a stranger's
+    assert main(pin) == 1  # the first time it takes both signers
+    assert main([*pin, "--signer", machine["signers"][0]]) == 1
+    assert main([*pin, "--signer", "00" * 32, "--signer", "11" * 32]) == 12  # strangers
     assert policy.read_bytes() == before
     assert main([*pin, *(part for signer in machine["signers"] for part in ("--signer", signer))]) == 0
     capsys.readouterr()
