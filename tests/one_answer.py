@@ -59,6 +59,16 @@ SAMPLING = Sampling(
 )
 
 
+def request(**changes: object) -> bytes:
+    """The request with fields set; those of `sampling` are named `sampling_...`."""
+    message = pb.GenerateRequest.FromString(REQUEST)
+    for name, value in changes.items():
+        inner = name.startswith("sampling_")
+        setattr(message.sampling if inner else message, name.removeprefix("sampling_"), value)
+    data: bytes = message.SerializeToString(deterministic=True)
+    return data
+
+
 def stack(image_id: bytes) -> Stack:
     """What the simulated machine says it runs."""
     return Stack(

@@ -34,7 +34,7 @@ _PLAIN = ("temperature", "top_k", "repetition_penalty", "presence_penalty", "fre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A request as sent. `settings`: what was given or has a default, by the name of the field it equals in a record."""
+    """A request as sent. `settings`: what was given or has a default, by the name it has in a record."""
 
     nonce: bytes
     model: str

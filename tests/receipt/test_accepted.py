@@ -8,13 +8,13 @@ from dataclasses import fields, replace
 
 import pytest
 
-from countermark.asked import parse_request
+from countermark.asked import DEFAULTS, parse_request
 from countermark.checks import Status
 from countermark.errors import CountermarkError, FormatError, WeightsError
 from countermark.formats import records
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
 from countermark.wire import countermark_v1_pb2 as pb
-from one_answer import INPUT, REQUEST, SAMPLING, Machine, World, start
+from one_answer import INPUT, REQUEST, SAMPLING, Machine, World, request, start
 
 
 def refused(code: str, call: object) -> CountermarkError:
@@ -22,16 +22,6 @@ def refused(code: str, call: object) -> CountermarkError:
         call()  # type: ignore[operator]
     assert caught.value.code == code
     return caught.value
-
-
-def request(**changes: object) -> bytes:
-    """The request with fields set; those of `sampling` are named `sampling_...`."""
-    message = pb.GenerateRequest.FromString(REQUEST)
-    for name, value in changes.items():
-        inner = name.startswith("sampling_")
-        setattr(message.sampling if inner else message, name.removeprefix("sampling_"), value)
-    data: bytes = message.SerializeToString(deterministic=True)
-    return data
 
 
 def test_it_is_accepted_with_numbered_checks(world: World) -> None:
@@ -84,12 +74,13 @@ def test_what_the_appliance_may_not_change(world: World, code: str, change: dict
     refused(code, lambda: verify_accepted(committed.acceptance, world.verdict, REQUEST))
 
 
-def test_settings_not_given_are_the_servers(world: World) -> None:
+def test_settings_not_given_are_the_defaults_and_the_seed_is_the_servers(world: World) -> None:
     message = pb.GenerateRequest.FromString(request(model=""))
     for name in ("sampling", "max_tokens", "stop"):
         message.ClearField(name)
     data = message.SerializeToString(deterministic=True)
-    drawn = replace(SAMPLING, seed=99, seed_origin="server", temperature=0.0, logit_bias=())
+    defaults = {name: value for name, value in DEFAULTS.items() if name != "ignore_eos"}
+    drawn = replace(SAMPLING, seed=99, seed_origin="server", logit_bias=(), **defaults)  # type: ignore[arg-type]
     committed = world.machine.intent(world.verdict, raw_request=data, sampling=drawn, max_tokens=100, stop=())
     assert verify_accepted(committed.acceptance, world.verdict, data).intent.sampling.seed == 99
     claimed = replace(drawn, seed_origin="client")
@@ -99,6 +90,11 @@ def test_settings_not_given_are_the_servers(world: World) -> None:
         "receipt.setting.logit_bias": {"sampling": replace(drawn, logit_bias=((3, 100.0),)), "stop": ()},
         "receipt.setting.stop": {"sampling": drawn, "stop": ("However",)},
     }
+    others = {name: 0.5 if isinstance(value, float) else 1 for name, value in defaults.items()}
+    for name, value in others.items():
+        added[f"receipt.setting.{name}"] = {"sampling": replace(drawn, **{name: value}), "stop": ()}
+    added["receipt.setting.ignore_eos"] = {"sampling": drawn, "stop": (), "ignore_eos": True}
+    assert len(added) == 2 + len(DEFAULTS)
     for code, change in added.items():  # nobody who asks for none gets some
         committed = world.machine.intent(world.verdict, raw_request=data, **change)
         refused(code, lambda taken=committed.acceptance: verify_accepted(taken, world.verdict, data))
@@ -204,7 +200,7 @@ def test_malformed_requests(code: str, data: bytes) -> None:
 def test_the_request_as_asked() -> None:
     asked = parse_request(request(sampling_min_p=0.0, ignore_eos=True))
     assert asked.prompt == INPUT
-    assert asked.settings == {
+    assert asked.settings == DEFAULTS | {
         "temperature": 0.5,
         "top_k": 20,
         "top_p_20bit": round(0.9 * 2**20),

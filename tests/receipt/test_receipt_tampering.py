@@ -13,7 +13,7 @@ from countermark.receipt import CheckedReceipt, verify_accepted, verify_receipt
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.platform.keyring import sign_es256
 from countermark_appliance.records.signer import Signer
-from one_answer import FINGERPRINTS, OUTPUT_TOKENS, REQUEST, TEXT, World, answer, make_world
+from one_answer import FINGERPRINTS, OUTPUT_TOKENS, REQUEST, TEXT, World, answer, make_world, request
 
 
 def check(world: World, receipt: bytes, given: Answer | None = None) -> CheckedReceipt:
@@ -172,14 +172,15 @@ def test_outcomes_that_do_not_fit_the_answer(
     world: World, code: str, intent: dict[str, object], outcome: dict[str, object]
 ) -> None:
     machine, verdict = world.machine, world.verdict
-    committed = machine.intent(verdict, **intent)
-    accepted = verify_accepted(committed.acceptance, verdict, REQUEST)
+    asked = request(ignore_eos=True) if "ignore_eos" in intent else REQUEST
+    committed = machine.intent(verdict, raw_request=asked, **intent)
+    accepted = verify_accepted(committed.acceptance, verdict, asked)
     completed = machine.outcome(committed, **outcome)
     with pytest.raises(CountermarkError) as caught:
         verify_receipt(
             machine.recorder.receipt(completed),
             verdict,
-            request=REQUEST,
+            request=asked,
             accepted=accepted,
             answer=replace(answer(completed), text=outcome.get("output_text", TEXT)),  # type: ignore[arg-type]
         )
