@@ -92,14 +92,14 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _weights_build(args: argparse.Namespace) -> dict[str, object]:
-    from countermark_appliance.engine import weights  # noqa: PLC0415
-
     if args.stand_in == (args.source is not None):
         got = "both" if args.stand_in else f"only {str(args.out)!r}"
         message = f"weights build: expected SOURCE OUT, or --stand-in OUT, got {got}"
         raise UsageError(message, code="usage.source")
-    source = weights.stand_in_gguf() if args.stand_in else args.source
     with _progress() as report:
+        from countermark_appliance.engine import weights  # noqa: PLC0415  takes seconds, so under the bar
+
+        source = weights.stand_in_gguf() if args.stand_in else args.source
         built = weights.build(source, args.out, name=args.name, context=args.context, progress=report)
     return {
         "dir": str(args.out),
@@ -111,9 +111,9 @@ def _weights_build(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _weights_verify(args: argparse.Namespace) -> dict[str, object]:
-    from countermark_appliance.engine import weights  # noqa: PLC0415
-
     with _progress() as report:
+        from countermark_appliance.engine import weights  # noqa: PLC0415
+
         verified = weights.verify(args.dir, expected_root=args.root, progress=report)
     return {"dir": str(args.dir), "weights_root": verified.weights_root.hex(), "verified": True}
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -169,6 +170,8 @@ def _command(
 
 
 def _demo(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its node must not outlive it
+
     def show(result: DemoResult) -> None:
         if args.json:
             _print_json(result.as_json())
