@@ -295,7 +295,8 @@ def appraise(
         image, shape = verify_registers(
             quote.body, policy.images, platform=parsed.platform.value, claimed=claims.image_id, ccel=ccel, now=now
         )
-        detail.append(f"image {image.image_id.hex()}, version {image.version}, {image.kind.value} image, machine {shape.name}")
+        kinds = f"{image.kind.value} image, machine {shape.name}"
+        detail.append(f"image {image.image_id.hex()}, version {image.version}, {kinds}")
 
     with steps.step("6") as detail:
         detail.append(verify_event_log(quote.body, ccel))
