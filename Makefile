@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/*)
 
-.PHONY: demo test test-slow check soak bench-cpu proto lock clean
+.PHONY: demo test check soak bench-cpu proto lock clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/countermark demo
@@ -13,16 +13,17 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m "not slow and not gpu and not tdx"
 
-test-slow: $(VENV)/dev.stamp
-	$(BIN)/pytest -q -m "slow"
-
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy client appliance kernels
 	$(BIN)/lint-imports
 
-soak: test-slow
+# Minutes of the same questions: 64 rounds among neighbours, 200 kills of the log, every binary32 through SiLU.
+soak: $(VENV)/dev.stamp
+	@echo "running for about seven minutes; the output goes to bench/results/soak.txt"
+	@(date -u +"make soak, %F"; grep -m1 "model name" /proc/cpuinfo; $(BIN)/pytest -m slow --no-header -v --durations=0) > bench/results/soak.txt; status=$$?; \
+		cat bench/results/soak.txt; exit $$status
 
 bench-cpu: $(VENV)/dev.stamp
 	$(BIN)/python bench/cpu.py
