@@ -135,7 +135,9 @@ def verify_accepted(acceptance: Acceptance, verdict: Verdict, request: bytes) ->
         check_settings(asked, intent)
         sampling = intent.sampling
         detail.append(f"{intent.stack.model}, {intent.stack.profile}; temperature {sampling.temperature:g}")
-        detail.append(f"seed {sampling.seed} ({sampling.seed_origin}); {len(asked.settings)} settings as given")
+        detail.append(
+            f"seed {sampling.seed} ({sampling.seed_origin}); {len(asked.settings)} settings as given or by default"
+        )
     with steps.step("14", "INTENT in the log before the first token") as detail:
         checkpoint = _open_checkpoint(acceptance.checkpoint, verdict)
         leaf = records.leaf_for(intent, acceptance.record, acceptance.leaf_salt, acceptance.leaf_index)
