@@ -49,27 +49,87 @@ def refusal(path: Path) -> str:
     return caught.value.code
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+def rope(kind: str, **values: object) -> dict[str, object]:
+    return {"rope_type": kind, "rope_theta": 10_000.0, **values}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+# `model_type` and the class that real checkpoints of other architectures carry
+OTHERS = [
+    ("mistral", "MistralForCausalLM"), ("ministral", "MinistralForCausalLM"), ("mixtral", "MixtralForCausalLM"),
+    ("gemma", "GemmaForCausalLM"), ("gemma2", "Gemma2ForCausalLM"), ("gemma3_text", "Gemma3ForCausalLM"),
+    ("phi", "PhiForCausalLM"), ("phi3", "Phi3ForCausalLM"), ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    ("qwen3_moe", "Qwen3MoeForCausalLM"), ("qwen3_next", "Qwen3NextForCausalLM"),
+    ("qwen2_vl", "Qwen2VLForConditionalGeneration"), ("gpt2", "GPT2LMHeadModel"), ("gpt_neox", "GPTNeoXForCausalLM"),
+    ("gpt_oss", "GptOssForCausalLM"), ("falcon", "FalconForCausalLM"), ("mpt", "MptForCausalLM"),
+    ("opt", "OPTForCausalLM"), ("bloom", "BloomForCausalLM"), ("olmo2", "Olmo2ForCausalLM"),
+    ("cohere", "CohereForCausalLM"), ("deepseek_v3", "DeepseekV3ForCausalLM"), ("granite", "GraniteForCausalLM"),
+    ("smollm3", "SmolLM3ForCausalLM"), ("stablelm", "StableLmForCausalLM"), ("glm4", "Glm4ForCausalLM"),
+    ("llama4_text", "Llama4ForCausalLM"), ("mamba", "MambaForCausalLM"), ("t5", "T5ForConditionalGeneration"),
+    ("bert", "BertForMaskedLM"), ("Llama", "LlamaForCausalLM"), ("", "LlamaForCausalLM"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "name"), OTHERS)
+def test_other_architectures_are_refused_by_name(model_type: str, name: str, folder: Path) -> None:
+    edit_config(folder, model_type=model_type, architectures=[name])
+    assert refusal(folder) == "weights.unsupported_architecture"
+    edit_config(folder, model_type="llama")
+    if name != "LlamaForCausalLM":  # one that calls itself llama, with another class
+        assert refusal(folder) == "weights.unsupported_architecture"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "su", "mrope", "proportional", "ntk", "default3", ""])
+@pytest.mark.parametrize("older", [False, True])
+def test_other_rope_scalings_are_refused_by_name(kind: str, older: bool, folder: Path) -> None:
+    if older:
+        edit_config(folder, rope_parameters=None, rope_theta=10_000.0, rope_scaling={"type": kind, "factor": 4.0})
+    else:
+        edit_config(folder, rope_parameters=rope(kind, factor=4.0))
+    assert refusal(folder) == "weights.unsupported_rope_scaling"
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 80, 96, 112, 160, 192, 256, 512])
+def test_other_head_sizes_are_refused_by_name(head_dim: int, folder: Path) -> None:
+    edit_config(folder, head_dim=head_dim)
+    assert refusal(folder) == "weights.unsupported_head_dim"
 
 
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"model_type": "mixtral"}, "weights.unsupported_architecture"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "weights.unsupported_architecture"),
-        ({"hidden_act": "gelu"}, "weights.unsupported_activation"),
+        *[({"hidden_act": name}, "weights.unsupported_activation")
+          for name in ("gelu", "gelu_pytorch_tanh", "relu", "relu2", "swish", None)],
         ({"mlp_bias": True}, "weights.unsupported_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "weights.unsupported_quantisation"),
         ({"use_sliding_window": True}, "weights.unsupported_sliding_window"),
+        ({"sliding_window": 4096}, "weights.unsupported_sliding_window"),
+        ({"attn_logit_softcapping": 50.0}, "weights.unsupported_softcap"),
+        ({"final_logit_softcapping": 30.0}, "weights.unsupported_softcap"),
+        *[({name: 0.5}, "weights.unsupported_field") for name in
+          ("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+           "clip_qkv")],
+        ({"no_rope_layers": [1, 0]}, "weights.unsupported_field"),
+        ({"num_local_experts": 8}, "weights.unsupported_moe"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "weights.unsupported_sliding_window"),
         ({"num_experts": 8}, "weights.unsupported_moe"),
-        ({"rope_parameters": YARN}, "weights.unsupported_rope_scaling"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-         "weights.unsupported_rope_scaling"),
+        *[({"rope_parameters": value}, "weights.unsupported_rope_scaling") for value in (
+            {"full_attention": rope("default"), "sliding_attention": rope("default")},
+            rope("default", mrope_section=[16, 24, 24]), rope("default", factor=2.0),
+            LLAMA3 | {"attention_factor": 2.0}, LLAMA3 | {"high_freq_factor": 1.0},
+            rope("linear", factor=0.0), rope("linear", factor=-2.0),
+            rope("linear", factor=1e9))],
+        *[({"rope_parameters": value}, "weights.json") for value in (
+            rope("linear"), rope("linear", factor="2"), rope("default", rope_theta="10000"),
+            {key: value for key, value in LLAMA3.items() if key != "low_freq_factor"}, [], "linear")],
+        *[({"rope_parameters": rope("default", rope_theta=value)}, "weights.unsupported_rope_theta")
+          for value in (0.0, -1.0, 1e31)],
+        ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 96}, "weights.unsupported_rope_scaling"),
+        ({"rope_scaling": rope("linear", factor=2.0)}, "weights.unsupported_rope_scaling"),  # beside rope_parameters
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
          "weights.unsupported_rope_partial"),
         ({"partial_rotary_factor": 0.25}, "weights.unsupported_rope_partial"),
-        ({"head_dim": 80}, "weights.unsupported_head_dim"),
         ({"hidden_size": 200}, "weights.unsupported_width"),
         ({"hidden_size": 224}, "weights.tensor_shape"),
         ({"num_hidden_layers": 3}, "weights.tensor_missing"),
@@ -87,13 +147,25 @@ def test_refused_by_name(changes: dict[str, object], code: str, folder: Path) ->
     assert refusal(folder) == code
 
 
-def test_older_config_fields_mean_the_same(folder: Path) -> None:
-    rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    edit_config(folder, rope_parameters=None, rope_theta=500_000.0, rope_scaling=rope | {"rope_type": "llama3"})
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("values", [LLAMA3, rope("linear", factor=2.5)])
+def test_older_config_fields_mean_the_same(values: dict[str, object], key: str, folder: Path) -> None:
+    older = {key: values["rope_type"]} | {k: v for k, v in values.items() if k not in ("rope_type", "rope_theta")}
+    edit_config(folder, rope_parameters=None, rope_theta=500_000.0, rope_scaling=older)
     old = FolderSource(folder).config(name="n", sha256=bytes(32), context=None)
-    edit_config(folder, rope_parameters=rope | {"rope_type": "llama3", "rope_theta": 500_000.0}, rope_scaling=None)
+    edit_config(folder, rope_parameters=values | {"rope_theta": 500_000}, rope_scaling=None)
     assert FolderSource(folder).config(name="n", sha256=bytes(32), context=None) == old
     assert old.rope_scaling is not None and old.rope_theta == 500_000.0
+
+
+def test_windows_and_defaults_that_are_not_active_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """As Qwen's and Meta's own configurations have them."""
+    write_folder(tmp_path, "qwen2")
+    plain = FolderSource(tmp_path).config(name="n", sha256=bytes(32), context=None)
+    edit_config(tmp_path, sliding_window=32768, use_sliding_window=False, max_window_layers=28, attention_dropout=0.0)
+    edit_config(tmp_path, layer_types=["full_attention"] * 2, mlp_bias=False, partial_rotary_factor=1, num_experts=0)
+    edit_config(tmp_path, rope_parameters=None, rope_scaling=None, rope_theta=10_000, architectures=None)
+    assert FolderSource(tmp_path).config(name="n", sha256=bytes(32), context=None) == plain
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -145,6 +217,21 @@ def test_a_tied_head_may_be_there_if_it_is_the_embedding(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     source = FolderSource(folder)
     assert torch.equal(source.rows("lm_head.weight", 2, 5), tensors["model.embed_tokens.weight"][2:5])
+
+
+def test_an_untied_head_must_be_there(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    assert refusal(folder) == "weights.tensor_missing"
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj.bias", "mlp.down_proj.bias", "self_attn.q_norm.weight"])
+def test_a_tensor_that_would_be_left_out_is_refused(name: str, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.1.{name}"] = torch.ones(64)
+    save_file(tensors, folder / "model.safetensors")
+    assert refusal(folder) == "weights.unsupported_tensor"
 
 
 def test_ids_come_from_the_generation_config_first(folder: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from tinymodels import TEMPLATE, write_gguf
+from tinymodels import TEMPLATE, config_of, write_gguf
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from countermark.errors import WeightsError
+from countermark_appliance.engine.weights.config import LinearScaling, Llama3Scaling, RopeScaling
 from countermark_appliance.engine.weights.ggufsource import GgufSource
 
 Q = gguf.GGMLQuantizationType
@@ -56,10 +59,28 @@ def test_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "code"),
     [
-        ({"general.architecture": "gemma"}, "weights.unsupported_architecture"),
+        *[({"general.architecture": name}, "weights.unsupported_architecture") for name in
+          ("gemma", "gemma2", "gemma3", "mistral3", "phi2", "phi3", "qwen2moe", "qwen2vl", "qwen3moe", "qwen3next",
+           "gpt2", "gptneox", "gpt-oss", "falcon", "mpt", "bloom", "olmo2", "command-r", "deepseek2", "granite",
+           "smollm3", "stablelm", "glm4", "llama4", "mamba", "bert", "t5", "LLAMA")],
+        *[({"llama.attention.key_length": size, "llama.attention.value_length": size,
+            "llama.rope.dimension_count": size}, "weights.unsupported_head_dim") for size in (32, 80, 112, 192, 256)],
+        *[({"llama.rope.scaling.type": kind, "llama.rope.scaling.factor": 4.0}, "weights.unsupported_rope_scaling")
+          for kind in ("yarn", "longrope", "su", "none", "linear2", "")],
+        ({"llama.rope.scaling.factor": 4.0}, "weights.unsupported_rope_scaling"),
+        ({"llama.rope.scaling.type": "linear"}, "weights.unsupported_rope_scaling"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, "weights.unsupported_rope_scaling"),
+        *[({f"llama.rope.{key}": 1.0}, "weights.unsupported_rope_scaling") for key in
+          ("scale_linear", "scaling.attn_factor", "scaling.original_context_length", "scaling.yarn_beta_fast")],
+        ({"llama.attn_logit_softcapping": 50.0}, "weights.unsupported_softcap"),
+        ({"llama.final_logit_softcapping": 30.0}, "weights.unsupported_softcap"),
+        *[({f"llama.{key}": 0.5}, "weights.unsupported_field") for key in
+          ("attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias", "residual_scale", "embedding_scale",
+           "rope.freq_base_swa", "attention.sliding_window_pattern", "attention.causal")],
+        ({"llama.rope.freq_base": 0.0}, "weights.unsupported_rope_theta"),
+        ({"llama.rope.freq_base": 10_000}, "weights.gguf"),
         ({"llama.expert_count": 8}, "weights.unsupported_moe"),
         ({"llama.attention.sliding_window": 4096}, "weights.unsupported_sliding_window"),
-        ({"llama.rope.scaling.type": "yarn"}, "weights.unsupported_rope_scaling"),
         ({"llama.rope.dimension_count": 32}, "weights.unsupported_rope_partial"),
         ({"llama.attention.key_length": 96, "llama.attention.value_length": 96, "llama.rope.dimension_count": 96},
          "weights.unsupported_head_dim"),
@@ -86,6 +107,77 @@ def test_refused_by_name(extra: dict[str, object], code: str, tmp_path: Path) ->
     with pytest.raises(WeightsError) as caught:
         GgufSource(tmp_path / "t.gguf").config(name="n", sha256=bytes(32), context=None)
     assert caught.value.code == code
+
+
+def scaling_of(path: Path) -> RopeScaling | None:
+    return GgufSource(path).config(name="n", sha256=bytes(32), context=None).rope_scaling
+
+
+def test_linear_rope_scaling(tmp_path: Path) -> None:
+    keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}
+    write_gguf(tmp_path / "t.gguf", "llama", extra=keys)
+    assert scaling_of(tmp_path / "t.gguf") == LinearScaling(factor=2.5)
+    write_gguf(tmp_path / "none.gguf", "llama", extra={"llama.rope.scaling.type": "none"})
+    assert scaling_of(tmp_path / "none.gguf") is None
+
+
+def divisors(head_dim: int, **changes: object) -> np.ndarray:
+    """What the converter stores: the plain frequencies over the scaled ones, both as transformers has them."""
+    values = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaled = {"rope_type": "llama3", "rope_theta": 500_000.0} | values | changes
+    plain = {"rope_type": "default", "rope_theta": 500_000.0}
+    frequencies = [
+        LlamaRotaryEmbedding(config_of("llama", head_dim=head_dim, rope_parameters=rope)).inv_freq.numpy()
+        for rope in (plain, scaled)
+    ]
+    return frequencies[0] / frequencies[1]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_scaling_is_recognised(factor: float, head_dim: int, tmp_path: Path) -> None:
+    more = {"rope_freqs.weight": divisors(head_dim, factor=factor)}
+    theta = {"llama.rope.freq_base": 500_000.0}
+    write_gguf(tmp_path / "t.gguf", "llama", extra=theta, more=more, head_dim=head_dim)
+    expected = Llama3Scaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+    assert scaling_of(tmp_path / "t.gguf") == expected
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        divisors(64, low_freq_factor=2.0),
+        divisors(64, original_max_position_embeddings=4096),
+        divisors(128),
+        divisors(64)[::-1].copy(),
+        np.full(32, np.nan, dtype=np.float32),
+        np.full(32, np.inf, dtype=np.float32),
+        np.zeros(32, dtype=np.float32),
+        np.full(32, 2.0, dtype=np.float32),
+    ],
+)
+def test_other_rope_divisors_are_refused(factors: np.ndarray, tmp_path: Path) -> None:
+    theta = {"llama.rope.freq_base": 500_000.0}
+    write_gguf(tmp_path / "t.gguf", "llama", extra=theta, more={"rope_freqs.weight": factors})
+    with pytest.raises(WeightsError) as caught:
+        scaling_of(tmp_path / "t.gguf")
+    assert caught.value.code == "weights.unsupported_rope_scaling"
+
+
+def test_divisors_beside_another_scaling_are_refused(tmp_path: Path) -> None:
+    keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0, "llama.rope.freq_base": 500_000.0}
+    write_gguf(tmp_path / "t.gguf", "llama", extra=keys, more={"rope_freqs.weight": divisors(64)})
+    with pytest.raises(WeightsError) as caught:
+        scaling_of(tmp_path / "t.gguf")
+    assert caught.value.code == "weights.unsupported_rope_scaling"
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_gate.bias", "blk.1.attn_output_norm.weight", "rope_factors_long.weight"])
+def test_a_tensor_that_would_be_left_out_is_refused(name: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "t.gguf", "llama", more={name: np.ones(64, dtype=np.float32)})
+    with pytest.raises(WeightsError) as caught:
+        GgufSource(tmp_path / "t.gguf")
+    assert caught.value.code == "weights.unsupported_tensor"
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

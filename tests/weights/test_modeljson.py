@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
+    LinearScaling,
     Llama3Scaling,
     ModelConfig,
     SourceInfo,
@@ -42,9 +43,10 @@ LLAMA3 = replace(
     attention_bias=True,
     add_bos=True,
 )
+LINEAR = replace(SMOLLM2, rope_scaling=LinearScaling(factor=2.5))
 
 
-@pytest.mark.parametrize("config", [SMOLLM2, QWEN3, LLAMA3])
+@pytest.mark.parametrize("config", [SMOLLM2, QWEN3, LLAMA3, LINEAR])
 def test_round_trip(config: ModelConfig) -> None:
     assert parse_model(encode_model(config)) == config
 
@@ -132,6 +134,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> bytes:
         (lambda v: v.pop("layers"), "weights.json"),
         (lambda v: v.update(extra=1), "weights.json"),
         (lambda v: v["rope_scaling"].update(extra=1), "weights.json"),
+        (lambda v: v["rope_scaling"].pop("type"), "weights.json"),
+        (lambda v: v["rope_scaling"].update(type="yarn"), "weights.unsupported_rope_scaling"),
+        (lambda v: v["rope_scaling"].update(type="linear"), "weights.json"),
+        (lambda v: v.update(rope_scaling={"type": "linear", "factor": 0.1}), "weights.unsupported_rope_scaling"),
         (lambda v: v["rotation"].pop("seed"), "weights.json"),
         (lambda v: v["source"].update(sha256="AB" * 32), "weights.json"),
         (lambda v: v.update(layers="30"), "weights.json"),

@@ -13,8 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from countermark_appliance.engine.weights import ropetable
 from countermark_appliance.engine.weights.config import (
+    LinearScaling,
     Llama3Scaling,
     ModelConfig,
+    RopeScaling,
     SourceInfo,
     rotation_for,
 )
@@ -34,10 +36,13 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((a.view(torch.int32).long() - b.view(torch.int32).long()).abs().max())
 
 
-@pytest.mark.parametrize("scaling", [None, SCALING])
-def test_frequencies_are_those_of_transformers_within_rounding(scaling: Llama3Scaling | None) -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("scaling", [None, SCALING, LinearScaling(factor=2.5)])
+def test_frequencies_are_those_of_transformers_within_rounding(scaling: RopeScaling | None, head_dim: int) -> None:
     rope = {"rope_type": "default", "rope_theta": CONFIG.rope_theta}
-    if scaling is not None:
+    if isinstance(scaling, LinearScaling):
+        rope |= {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling is not None:
         rope |= {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -45,13 +50,38 @@ def test_frequencies_are_those_of_transformers_within_rounding(scaling: Llama3Sc
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_context,
         }
-    theirs = LlamaRotaryEmbedding(config_of("llama", head_dim=128, rope_parameters=rope)).inv_freq
-    ours = ropetable.inverse_frequencies(128, CONFIG.rope_theta, scaling)
-    assert ulps(ours, theirs) <= (2 if scaling is None else 8)
-    if scaling is not None:
-        plain = ropetable.inverse_frequencies(128, CONFIG.rope_theta, None)
-        changed = ours != plain
-        assert bool(changed.any()) and not bool(changed.all())
+    theirs = LlamaRotaryEmbedding(config_of("llama", head_dim=head_dim, rope_parameters=rope)).inv_freq
+    ours = ropetable.inverse_frequencies(head_dim, CONFIG.rope_theta, scaling)
+    assert ulps(ours, theirs) <= (8 if isinstance(scaling, Llama3Scaling) else 2)
+    changed = ours != ropetable.inverse_frequencies(head_dim, CONFIG.rope_theta, None)
+    assert bool(changed.any()) == (scaling is not None)
+    assert bool(changed.all()) == isinstance(scaling, LinearScaling)
+
+
+def true_frequencies(head_dim: int, scaling: RopeScaling | None) -> list[mpmath.mpf]:
+    """In 200 bits, from the definitions: linear interpolation, and Llama 3's between wavelengths."""
+    plain = [mpmath.mpf(CONFIG.rope_theta) ** (mpmath.mpf(-2 * i) / head_dim) for i in range(head_dim // 2)]
+    if scaling is None:
+        return plain
+    if isinstance(scaling, LinearScaling):
+        return [f / mpmath.mpf(scaling.factor) for f in plain]
+    found = []
+    for f in plain:
+        turns = scaling.original_context * f / (2 * mpmath.pi)  # over the original context
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = min(max((turns - scaling.low_freq_factor) / span, 0), 1)
+        found.append(kept * f + (1 - kept) * f / scaling.factor)
+    return found
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("scaling", [None, SCALING, LinearScaling(factor=2.5), LinearScaling(factor=8.0)])
+def test_frequencies_are_the_true_ones_within_rounding(scaling: RopeScaling | None, head_dim: int) -> None:
+    """RN32(theta^e), its reciprocal and the scaling: two roundings, with `linear` three, with `llama3` up to nine."""
+    ours = ropetable.inverse_frequencies(head_dim, CONFIG.rope_theta, scaling)
+    with mpmath.workprec(200):
+        for found, true in zip(ours.tolist(), true_frequencies(head_dim, scaling), strict=True):
+            assert abs(mpmath.mpf(found) / true - 1) < (9 if isinstance(scaling, Llama3Scaling) else 3) * 2.0**-24
 
 
 def test_frequencies_are_correctly_rounded_step_by_step() -> None:

@@ -162,9 +162,13 @@ def write_gguf(
     pre: str = "smollm",
     extra: dict[str, object] | None = None,
     drop: tuple[str, ...] = (),
+    more: dict[str, np.ndarray] | None = None,
     **changes: object,
 ) -> torch.nn.Module:
-    """Write a random checkpoint as llama.cpp's converter would; `extra` adds or replaces keys, `drop` leaves out."""
+    """Write a random checkpoint as llama.cpp's converter would; `extra` adds or replaces keys, `drop` leaves out.
+
+    `more`: further tensors.
+    """
     config = config_of(architecture, **changes)
     model = random_model(config)
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -217,6 +221,8 @@ def write_gguf(
             writer.add_tensor(gguf_name(name), data)
         else:
             writer.add_tensor(gguf_name(name), gguf.quants.quantize(data, kind), raw_dtype=kind)
+    for name, data in (more or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

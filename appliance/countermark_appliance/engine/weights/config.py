@@ -26,6 +26,20 @@ ROTATION_SEED = 0x636F756E7465726D  # "counterm"; any constant does, it is part 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """The `linear` RoPE scaling (position interpolation): every frequency divided by `factor`, a binary32 value."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor <= 1e6 or binary32(self.factor) != self.factor:
+            raise WeightsError(
+                f"rope_scaling.factor: expected a binary32 value above 0 and up to 1e6, got {self.factor}",
+                code="weights.unsupported_rope_scaling",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Scaling:
     """The `llama3` RoPE scaling of Llama 3.1 and later, as transformers names its four numbers."""
 
@@ -42,6 +56,9 @@ class Llama3Scaling:
                 code="weights.unsupported_rope_scaling",
             )
         _within("rope_scaling.original_context", self.original_context, 1, 1 << 24, "rope_scaling")
+
+
+RopeScaling = LinearScaling | Llama3Scaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +117,7 @@ class ModelConfig:
     context: int
     rms_eps: float
     rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: RopeScaling | None
     qk_norm: bool
     attention_bias: bool
     hadamard_block: int

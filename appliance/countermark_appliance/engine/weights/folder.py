@@ -8,6 +8,7 @@ index and stay inside the folder. The safetensors container is parsed by the saf
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import Tensor
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
     ARCHITECTURES,
+    LinearScaling,
     Llama3Scaling,
     ModelConfig,
+    RopeScaling,
     SourceInfo,
     binary32,
     hadamard_block,
@@ -45,6 +48,33 @@ _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _DTYPES = ("BF16", "F16", "F32")
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer old versions saved
 _WHAT = "config.json"
+# Fields that are harmless when absent or with these values only, and the code when they have another. Some belong to
+# other architectures' classes; a checkpoint that carries one was not trained for the arithmetic of its `model_type`.
+_NEUTRAL: Mapping[str, tuple[tuple[Json, ...], str]] = {
+    "hidden_act": (("silu",), "activation"),
+    "mlp_bias": ((None, False), "bias"),
+    "quantization_config": ((None,), "quantisation"),
+    "use_sliding_window": ((None, False), "sliding_window"),
+    "partial_rotary_factor": ((None, 1.0), "rope_partial"),
+    "original_max_position_embeddings": ((None,), "rope_scaling"),
+    "attn_logit_softcapping": ((None,), "softcap"),
+    "final_logit_softcapping": ((None,), "softcap"),
+    "num_experts": ((None, 0), "moe"),
+    "num_local_experts": ((None, 0), "moe"),
+    "no_rope_layers": ((None,), "field"),
+    "clip_qkv": ((None,), "field"),
+    "logit_scale": ((None, 1.0), "field"),
+    "logits_scaling": ((None, 1.0), "field"),
+    "embedding_multiplier": ((None, 1.0), "field"),
+    "residual_multiplier": ((None, 1.0), "field"),
+    "attention_multiplier": ((None,), "field"),
+}
+_ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class FolderSource:
@@ -251,46 +281,49 @@ def _architecture(raw: dict[str, Json]) -> str:
 
 def _refuse(raw: dict[str, Json]) -> None:
     """Refuse by name what the profile cannot honour."""
+    for field, (neutral, what) in _NEUTRAL.items():
+        if field in raw and raw[field] not in neutral:
+            raise _unsupported(field, raw[field], what)
     layer_types = raw.get("layer_types")
-    checks = (
-        (raw.get("hidden_act", "silu") == "silu", "hidden_act", "activation"),
-        (not raw.get("mlp_bias"), "mlp_bias", "bias"),
-        (raw.get("quantization_config") is None, "quantization_config", "quantisation"),
-        (not raw.get("use_sliding_window"), "use_sliding_window", "sliding_window"),
-        (
-            layer_types is None or set(map(str, _list(layer_types))) <= {"full_attention"},
-            "layer_types",
-            "sliding_window",
-        ),
-        (raw.get("partial_rotary_factor") in (None, 1, 1.0), "partial_rotary_factor", "rope_partial"),
-        (not any(raw.get(key) for key in ("num_experts", "num_local_experts")), "num_experts", "moe"),
-    )
-    for good, field, what in checks:
-        if not good:
-            raise WeightsError(f"{field}: not supported: {str(raw[field])[:64]}", code=f"weights.unsupported_{what}")
+    if layer_types is not None and set(map(str, _list(layer_types))) - {"full_attention"}:
+        raise _unsupported("layer_types", layer_types, "sliding_window")
+    if raw["model_type"] == "llama" and raw.get("sliding_window") is not None:  # the others need use_sliding_window
+        raise _unsupported("sliding_window", raw["sliding_window"], "sliding_window")
+
+
+def _unsupported(field: str, value: Json, what: str) -> WeightsError:
+    return WeightsError(f"{field}: not supported: {str(value)[:64]}", code=f"weights.unsupported_{what}")
 
 
 def _list(value: Json) -> list[Json]:
     return value if isinstance(value, list) else [value]
 
 
-def _rope(raw: dict[str, Json]) -> tuple[float, Llama3Scaling | None]:
+def _rope(raw: dict[str, Json]) -> tuple[float, RopeScaling | None]:
     """theta and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
-    rope: dict[str, Json] = {} if raw.get(key) is None else mapping(raw, key, what=_WHAT)
+    given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
+    if len(given) == 2 and raw[given[0]] != raw[given[1]]:
+        raise _unsupported("rope_parameters, rope_scaling", "both, and they differ", "rope_scaling")
+    key = given[0] if given else "rope_parameters"
+    rope: dict[str, Json] = mapping(raw, key, what=_WHAT) if given else {}
     theta = number(rope, "rope_theta", what=key, default=number(raw, "rope_theta", what=_WHAT, default=_DEFAULT_THETA))
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise WeightsError("partial_rotary_factor: expected 1", code="weights.unsupported_rope_partial")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise _unsupported(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "rope_partial")
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    if kind not in _SCALING_KEYS:
         raise WeightsError(
-            f"{key}.rope_type: expected default or llama3, got {str(kind)[:32]!r}",
+            f"{key}.rope_type: expected one of {', '.join(_SCALING_KEYS)}, got {kind[:32]!r}",
             code="weights.unsupported_rope_scaling",
         )
+    if odd := sorted(rope.keys() - {*_ROPE_KEYS, *_SCALING_KEYS[kind]}):  # also one set of values a layer type
+        raise _unsupported(f"{key}.{odd[0][:64]}", rope[odd[0]], "rope_scaling")
+    if kind == "default":
+        return theta, None
+    factor = number(rope, "factor", what=key)
+    if kind == "linear":
+        return theta, LinearScaling(factor=binary32(factor))
     return theta, Llama3Scaling(
-        factor=number(rope, "factor", what=key),
+        factor=factor,
         low_freq_factor=number(rope, "low_freq_factor", what=key),
         high_freq_factor=number(rope, "high_freq_factor", what=key),
         original_context=integer(rope, "original_max_position_embeddings", what=key),

@@ -3,6 +3,9 @@
 The converter reorders the rows of q and k of the llama architecture from rotate-half order (row j and j + d/2 turn
 together) to interleaved order (rows 2j and 2j + 1); `rows` undoes it. A key of the architecture that is not listed here
 could change the arithmetic, so it is refused by name.
+
+RoPE scaling `linear` is metadata. `llama3` is a tensor of divisors, one a frequency, without the four numbers they come
+from: those of Llama 3.1 and later are recognised, others refused.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ from torch import Tensor
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
     ARCHITECTURES,
+    HEAD_DIMS,
+    LinearScaling,
+    Llama3Scaling,
     ModelConfig,
+    RopeScaling,
     SourceInfo,
     binary32,
     hadamard_block,
     rotation_for,
 )
 from countermark_appliance.engine.weights.gguf import GgufFile
+from countermark_appliance.engine.weights.ropetable import inverse_frequencies
 from countermark_appliance.engine.weights.source import EMBED, FINAL_NORM, HEAD, check_tensors, expected_tensors
 from countermark_appliance.engine.weights.tokenizerjson import tokenizer_json
 from countermark_kernels import PROFILE
@@ -46,6 +54,7 @@ _KNOWN_KEYS = frozenset(
         *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
         *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
         *("attention.key_length", "attention.value_length", "rope.freq_base", "rope.dimension_count"),
+        *("rope.scaling.type", "rope.scaling.factor"),
     )
 )
 # keys that are harmless with this value only, and the code when it is another
@@ -53,8 +62,11 @@ _NEUTRAL_KEYS: Mapping[str, tuple[object, str]] = {
     "expert_count": (0, "weights.unsupported_moe"),
     "expert_used_count": (0, "weights.unsupported_moe"),
     "attention.sliding_window": (0, "weights.unsupported_sliding_window"),
-    "rope.scaling.type": ("none", "weights.unsupported_rope_scaling"),
+    "attn_logit_softcapping": (0.0, "weights.unsupported_softcap"),
+    "final_logit_softcapping": (0.0, "weights.unsupported_softcap"),
 }
+_ROPE_FACTORS = "rope_freqs.weight"
+_FACTOR_ERROR = 1e-5  # relative; the converter computes in binary32
 _QUANTISATION_SUFFIX = re.compile(r"[.-](?:[QI]Q?\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 
@@ -76,8 +88,9 @@ class GgufSource:
             )
         self._architecture = architecture
         self._check_keys()
-        self._names = {_canonical(name): name for name in self._file.tensors}
-        if len(self._names) != len(self._file.tensors):
+        known = self._file.tensors.keys() - {_ROPE_FACTORS}
+        self._names = {_canonical(name): name for name in known}
+        if len(self._names) != len(known):
             raise WeightsError("gguf: two names for one tensor", code="weights.unsupported_tensor")
         config = self.config(name="check", sha256=bytes(32), context=1)
         shapes = {ours: self._file.tensors[theirs].shape for ours, theirs in self._names.items()}
@@ -103,6 +116,7 @@ class GgufSource:
             raise WeightsError(f"vocab_size: expected {vocab} tokens", code="weights.unsupported_vocab")
         eos = [self._id("eos_token_id"), self._id("eot_token_id")]
         intermediate = self._integer("feed_forward_length")
+        theta = binary32(self._number("rope.freq_base", default=10_000.0))
         return ModelConfig(
             profile=PROFILE,
             name=name,
@@ -116,8 +130,8 @@ class GgufSource:
             vocab=vocab,
             context=self._integer("context_length") if context is None else context,
             rms_eps=binary32(self._number("attention.layer_norm_rms_epsilon")),
-            rope_theta=binary32(self._number("rope.freq_base", default=10_000.0)),
-            rope_scaling=None,
+            rope_theta=theta,
+            rope_scaling=self._scaling(head_dim, theta),
             qk_norm=self._architecture == "qwen3",
             attention_bias="blk.0.attn_q.bias" in self._file.tensors,
             hadamard_block=hadamard_block(intermediate),
@@ -146,8 +160,31 @@ class GgufSource:
             if field == key or field in _KNOWN_KEYS:
                 continue
             value, code = _NEUTRAL_KEYS.get(field, (None, "weights.unsupported_field"))
+            if field.startswith("rope.scal"):
+                code = "weights.unsupported_rope_scaling"
             if field not in _NEUTRAL_KEYS or self._meta[key] != value:
                 raise WeightsError(f"{key[:64]}: not supported", code=code)
+
+    def _scaling(self, head_dim: int, theta: float) -> RopeScaling | None:
+        kind, factor = (self._meta.get(f"{self._architecture}.rope.scaling.{x}") for x in ("type", "factor"))
+        scaled = _ROPE_FACTORS in self._file.tensors
+        if kind == "linear" and isinstance(factor, float) and not scaled:
+            return LinearScaling(factor=factor)
+        if kind not in (None, "none") or factor is not None:
+            message = f"rope.scaling: expected none or linear with a factor alone, got {kind!r:.40}"
+            raise WeightsError(message, code="weights.unsupported_rope_scaling")
+        return self._llama3(head_dim, theta) if scaled else None
+
+    def _llama3(self, head_dim: int, theta: float) -> Llama3Scaling:
+        found = self._file.rows(_ROPE_FACTORS, 0, 1).view(-1)
+        highest = float(found.max())
+        if head_dim in HEAD_DIMS and 2 * len(found) == head_dim and theta > 0 and 1 <= highest <= 1e6:
+            scaling = Llama3Scaling(factor=highest, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
+            plain, scaled = (inverse_frequencies(head_dim, theta, x).double() for x in (None, scaling))
+            if bool(((plain / scaled / found - 1).abs() < _FACTOR_ERROR).all()):
+                return scaling
+        message = f"{_ROPE_FACTORS}: expected the divisors of Llama 3 (low 1, high 4, context 8192), got others"
+        raise WeightsError(message, code="weights.unsupported_rope_scaling")
 
     def _integer(self, field: str, *, default: int | None = None) -> int:
         found = self._meta.get(f"{self._architecture}.{field}", default)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
+    LinearScaling,
     Llama3Scaling,
     ModelConfig,
+    RopeScaling,
     Rotation,
     SourceInfo,
     tensor_specs,
@@ -29,7 +31,10 @@ from countermark_appliance.engine.weights.strictjson import (
 
 MAX_BYTES = 4 * 1024 * 1024
 _INTEGERS = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "context", "hadamard_block")
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_context")
+_SCALINGS = {
+    "linear": ("type", "factor"),
+    "llama3": ("type", "factor", "low_freq_factor", "high_freq_factor", "original_context"),
+}
 _KEYS = (
     *_INTEGERS,
     *("profile", "name", "architecture", "rms_eps", "rope_theta", "rope_scaling", "qk_norm", "attention_bias"),
@@ -39,7 +44,6 @@ _KEYS = (
 
 def encode_model(config: ModelConfig) -> bytes:
     """Encode the configuration and its tensor list."""
-    scaling = config.rope_scaling
     value: dict[str, Json] = {key: getattr(config, key) for key in _INTEGERS}
     value |= {
         "profile": config.profile,
@@ -47,7 +51,7 @@ def encode_model(config: ModelConfig) -> bytes:
         "architecture": config.architecture,
         "rms_eps": config.rms_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else {key: getattr(scaling, key) for key in _SCALING},
+        "rope_scaling": None if config.rope_scaling is None else _scaling_value(config.rope_scaling),
         "qk_norm": config.qk_norm,
         "attention_bias": config.attention_bias,
         "rotation": {"seed": config.rotation.seed, "odd": config.rotation.odd, "power": config.rotation.power},
@@ -96,9 +100,20 @@ def parse_model(data: bytes) -> ModelConfig:
     return config
 
 
-def _scaling(value: dict[str, Json]) -> Llama3Scaling:
+def _scaling_value(scaling: RopeScaling) -> dict[str, Json]:
+    kind = "linear" if isinstance(scaling, LinearScaling) else "llama3"
+    return {"type": kind} | {key: getattr(scaling, key) for key in _SCALINGS[kind][1:]}
+
+
+def _scaling(value: dict[str, Json]) -> RopeScaling:
     what = "model.json.rope_scaling"
-    exact_keys(value, _SCALING, what=what)
+    kind = text(value, "type", what=what)
+    if kind not in _SCALINGS:
+        message = f"{what}.type: expected one of {', '.join(_SCALINGS)}, got {kind[:32]!r}"
+        raise WeightsError(message, code="weights.unsupported_rope_scaling")
+    exact_keys(value, _SCALINGS[kind], what=what)
+    if kind == "linear":
+        return LinearScaling(factor=number(value, "factor", what=what))
     return Llama3Scaling(
         factor=number(value, "factor", what=what),
         low_freq_factor=number(value, "low_freq_factor", what=what),

@@ -6,7 +6,8 @@ binary32 (exact below 2^24). Then cos and sin of that binary32 angle in float64,
 value lies within 4 ulp of the midpoint of two binary32 values it is recomputed with mpmath, so that a library within
 4 ulp gives the same table everywhere. torch's float64 cos and sin are within 1 ulp (SLEEF u10).
 
-Scaling `llama3` follows transformers' `_compute_llama3_parameters`, every written operation one binary32 rounding.
+Scaling `linear` divides each inv_freq by the factor; `llama3` follows transformers' `_compute_llama3_parameters`; every
+written operation is one binary32 rounding.
 """
 
 from __future__ import annotations
@@ -19,22 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from countermark_appliance.engine.weights.config import Llama3Scaling, ModelConfig
+from countermark_appliance.engine.weights.config import LinearScaling, Llama3Scaling, ModelConfig, RopeScaling
 
 _PRECISION_BITS = 160
 _LOW_BITS = 29  # a binary64 has this many more fraction bits than a binary32
 _NEAR_ULP = 4
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """The [head_dim / 2] binary32 rotation frequencies."""
     values = np.empty(head_dim // 2, dtype=np.float32)
     for i in range(head_dim // 2):
         with mpmath.workprec(_PRECISION_BITS):
             power = mpmath.power(mpmath.mpf(theta), mpmath.mpf(2 * i) / head_dim)
         plain = np.float32(1.0) / np.float32(_round(power))
-        values[i] = plain if scaling is None else _llama3(plain, scaling)
+        values[i] = _scaled(plain, scaling)
     return torch.from_numpy(values)
+
+
+def _scaled(inv_freq: np.float32, scaling: RopeScaling | None) -> np.float32:
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(inv_freq, scaling)
+    return inv_freq / np.float32(scaling.factor) if isinstance(scaling, LinearScaling) else inv_freq
 
 
 def _llama3(inv_freq: np.float32, scaling: Llama3Scaling) -> np.float32:
