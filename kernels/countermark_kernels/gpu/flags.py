@@ -27,7 +27,8 @@ def word(device: torch.device) -> Tensor:
 @triton.jit
 def report(flags, bad, code):
     """Set `code` in the word at `flags` where `bad`, a boolean scalar or block, holds."""
-    tl.atomic_or(flags + tl.zeros_like(bad).to(tl.int32), tl.zeros_like(bad).to(tl.int32) + code, mask=bad)
+    none = tl.zeros_like(bad).to(tl.int32)
+    tl.atomic_or(flags + none, none + code, mask=bad, sem="relaxed")
 
 
 def raise_pending(device: torch.device) -> None:

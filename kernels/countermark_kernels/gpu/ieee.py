@@ -25,6 +25,7 @@ TINY = tl.constexpr(specified.TINY)
 EXP_LIMIT = tl.constexpr(specified.EXP_LIMIT)
 EXP2_LIMIT = tl.constexpr(specified.EXP2_LIMIT)
 INFINITY_BITS = tl.constexpr(0x7F800000)
+ONE_BITS = tl.constexpr(0x3F800000)
 TINY_BITS = tl.constexpr((127 - 100) << 23)
 SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23
 SHIFT_BITS = tl.constexpr(0x4B400000)
@@ -119,8 +120,12 @@ def ceil_exponent(x):
 @triton.jit
 def exp2(x):
     """2^x for x clamped to -126..126, by the polynomial of the specification."""
-    x = tl.minimum(tl.maximum(x, -EXP2_LIMIT), EXP2_LIMIT)
-    shifted = x + SHIFT
+    return _exp2(tl.minimum(tl.maximum(x, -EXP2_LIMIT), EXP2_LIMIT))
+
+
+@triton.jit
+def _exp2(x):
+    shifted = x + SHIFT  # its pattern ends in rint(x), and SHIFT's own falls out of the shift below
     f = x - (shifted - SHIFT)
     p = f * C6 + C5
     p = p * f + C4
@@ -128,10 +133,16 @@ def exp2(x):
     p = p * f + C2
     p = p * f + C1
     p = p * f + C0
-    return value(bits(p) + ((bits(shifted) - SHIFT_BITS) << 23))
+    return value(bits(p) + (bits(shifted) << 23))
 
 
 @triton.jit
 def exp(x):
     """e^x as exp2(x * LOG2E) for x clamped to -87..87."""
-    return exp2(tl.minimum(tl.maximum(x, -EXP_LIMIT), EXP_LIMIT) * LOG2E)
+    return _exp2(tl.minimum(tl.maximum(x, -EXP_LIMIT), EXP_LIMIT) * LOG2E)
+
+
+@triton.jit
+def truncate(x):
+    """x without its fraction as int32, for |x| < 2^31."""
+    return x.to(tl.int32)

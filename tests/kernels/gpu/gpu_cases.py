@@ -33,13 +33,20 @@ def fused(x: Any, y: Any, z: Any) -> Any:
 
 
 def _patch() -> None:
-    """The interpreter's own create_fma rounds the product too."""
+    """Two faults of the interpreter: create_fma rounds the product too; an array of one element is no loop bound."""
     from triton.runtime import interpreter
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         return interpreter.TensorHandle(fused(x.data, y.data, z.data), z.dtype.scalar)
 
-    interpreter.InterpreterBuilder.create_fma = create_fma  # type: ignore[method-assign]
+    original = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 if not CUDA:

@@ -1,0 +1,47 @@
+"""RMSNorm and quantisation, norm.py, one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from countermark_kernels.gpu import flags, ieee
+from countermark_kernels.gpu.quantise import factors, row_launch
+
+
+@triton.jit
+def inverse_rms(x, top, width, eps, flag):
+    """r of each row (last axis) of x, zero beyond its `width` elements, from the pattern `top` of the row's amax."""
+    e = ieee.exponent(ieee.value(tl.where(top < ieee.TINY_BITS, ieee.ONE_BITS, top)))
+    z = ieee.rint_int32(x * tl.expand_dims(ieee.pow2(14 - e), -1))
+    total = ieee.to_f32(tl.sum((z * z).to(tl.int64), axis=-1))
+    n = tl.zeros_like(total) + width
+    power = ieee.pow2(tl.minimum(tl.maximum(2 * e - 28, -126), 127))
+    mean_square = ieee.div(total, n) * power
+    flags.report(flag, ieee.magnitude(mean_square) >= ieee.INFINITY_BITS, flags.RANGE)
+    return ieee.div(tl.zeros_like(total) + 1.0, ieee.sqrt(mean_square + eps))
+
+
+@triton.jit
+def _kernel(x, q, s, flag, width, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    v = tl.load(x + row * width + at, mask=at < width, other=0.0)
+    top = tl.max(ieee.magnitude(v), axis=0)
+    flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)
+    t, scale = factors(top)
+    tl.store(q + row * width + at, ieee.rint_int32(v * t).to(tl.int8), mask=at < width)
+    r = inverse_rms(tl.reshape(v, [1, BLOCK]), tl.expand_dims(top, 0), width, eps, flag)
+    tl.store(s + row + tl.arange(0, 1), tl.expand_dims(scale, 0) * r)
+
+
+def norm_quantise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x: [T, H] f32 -> (q: [T, H] int8, s: [T] f32)."""
+    rows, width = x.shape
+    q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
+    s = torch.empty(rows, device=x.device)
+    if rows:
+        _kernel[(rows,)](x, q, s, flags.word(x.device), width, eps, **row_launch(width), **ieee.EXACT)
+    return q, s

@@ -1,0 +1,306 @@
+"""Steps 4 to 10 of sampler.py for a batch of rows, without a sort.
+
+A token's place in the order is its `rank` = bits(|t|) * 2^18 + id, unique and ascending. Every filter asks for the
+least rank at which a sum of integers (tokens, or weights) over the ranks up to it reaches a target. The tokens fall
+into buckets by x = t * LOG2E, 64 an octave, which is monotone in rank: sums over whole buckets are prefix sums of a
+histogram, and only inside the one bucket that holds a target is it bisected, bit by bit of the rank.
+
+    _top       the largest logit and the least id that has it; range checks. Temperature 0 ends here
+    _count     histogram: per bucket the tokens and their weight (one 64-bit atomic), and the weight that min-p leaves
+    _plan      which buckets can hold a boundary, and where each begins in the list of ranks
+    _scatter   the ranks of those buckets, bucket after bucket, in any order within
+    _resolve   the boundaries of top-k, top-p and the draw
+
+Integer: everything after w, so atomics change nothing. Tokens with x < -26 have w = 0 and come last: they are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from countermark_kernels.gpu import flags, ieee
+
+ID_BITS = tl.constexpr(18)
+RANK_BITS = tl.constexpr(49)
+ID_MASK = tl.constexpr((1 << 18) - 1)
+NO_RANK = tl.constexpr(1 << 49)
+"""Beyond every rank."""
+WEIGHT_BITS = tl.constexpr(42)
+ONE_TOKEN = tl.constexpr(1 << 42)
+WEIGHT_MASK = tl.constexpr((1 << 42) - 1)
+BUCKETS = tl.constexpr(2048)
+PER_OCTAVE = tl.constexpr(64.0)
+X_MIN = tl.constexpr(-26.0)
+RANGE_BITS = tl.constexpr((127 + 100) << 23)
+ALL_20BIT = tl.constexpr(1 << 20)
+SEED, POSITION, TOP_K, TOP_P, MIN_P, TEMPERATURE = (tl.constexpr(i) for i in range(6))
+FIELDS = tl.constexpr(6)
+SLICE, TILE = 2048, 1024
+LIST_MAX = 1 << 24
+"""Ranks held at a time: 128 MiB; more rows than fit are sampled in turns."""
+
+
+@triton.jit
+def _ordered(x):
+    """An int32 that orders like binary32 x, zero without its sign; its own inverse."""
+    pattern = ieee.bits(tl.where(x == 0.0, 0.0, x))
+    return pattern ^ ((pattern >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _temperature(params, row):
+    return ieee.value(tl.load(params + row * FIELDS + TEMPERATURE).to(tl.int32))
+
+
+@triton.jit
+def _weight(x):
+    """w for x = t * LOG2E >= X_MIN, as int64."""
+    return ieee.rint_positive(ieee.exp2(x) * 16777216.0).to(tl.int64)
+
+
+@triton.jit
+def _slice(logits, best, params, vocab, SLICE: tl.constexpr):
+    """This program's tokens: ids, bits(|t|), x, and whether each counts."""
+    row = tl.program_id(0)
+    at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    l = tl.load(logits + row.to(tl.int64) * vocab + at, mask=at < vocab, other=0.0)  # noqa: E741
+    high = (tl.load(best + row) >> 32).to(tl.int32)
+    top = ieee.value(high ^ ((high >> 31) & 0x7FFFFFFF))
+    t = ieee.div(l - top, tl.zeros_like(l) + _temperature(params, row))
+    x = t * ieee.LOG2E
+    return at, ieee.magnitude(t), x, (at < vocab) & (x >= X_MIN)
+
+
+@triton.jit
+def _top(logits, best, flag, vocab, SLICE: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    inside = at < vocab
+    l = tl.load(logits + row.to(tl.int64) * vocab + at, mask=inside, other=0.0)  # noqa: E741
+    amax = tl.max(ieee.magnitude(l), axis=0)
+    flags.report(flag, amax >= ieee.INFINITY_BITS, flags.NOT_FINITE)
+    flags.report(flag, amax >= RANGE_BITS, flags.RANGE)
+    packed = (_ordered(l).to(tl.int64) << 32) + (0x7FFFFFFF - at)
+    tl.atomic_max(best + row, tl.max(tl.where(inside, packed, -0x7FFFFFFFFFFFFFFF), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _count(logits, best, params, sums, vocab, BUCKETS: tl.constexpr, SLICE: tl.constexpr):
+    row = tl.program_id(0)
+    if _temperature(params, row) != 0.0:
+        _, _, x, counts = _slice(logits, best, params, vocab, SLICE)
+        w = _weight(x)
+        to = sums + row * 2 * BUCKETS + ieee.truncate(tl.where(counts, x, 0.0) * -PER_OCTAVE)
+        tl.atomic_add(to, w + ONE_TOKEN, mask=counts, sem="relaxed")
+        floor = tl.load(params + row * FIELDS + MIN_P) << 4
+        if floor > 0:
+            tl.atomic_add(to + BUCKETS, w, mask=counts & (w >= floor), sem="relaxed")
+
+
+@triton.jit
+def _draw(params, row, total):
+    """u of step 10: word 0 of Philox4x32-10, scaled to 0..total - 1."""
+    seed = tl.load(params + row * FIELDS + SEED).to(tl.uint64, bitcast=True)
+    low: tl.constexpr = 0xFFFFFFFF
+    k0, k1 = seed & low, seed >> 32
+    c0 = tl.load(params + row * FIELDS + POSITION).to(tl.uint64, bitcast=True)
+    c1 = c0 & 0
+    c2, c3 = c1, c1
+    for _ in tl.static_range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & low, (p0 >> 32) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    r = c0.to(tl.int64)
+    return (r * (total >> 21) + ((r * (total & 0x1FFFFF)) >> 21)) >> 11
+
+
+@triton.jit
+def _histogram(params, sums, row, BUCKETS: tl.constexpr):
+    """Bucket numbers; running totals, each bucket included, of tokens, weight, and weight after min-p; their parts."""
+    bucket = tl.arange(0, BUCKETS)
+    both = tl.load(sums + row * 2 * BUCKETS + bucket)
+    tokens, weight = both >> WEIGHT_BITS, both & WEIGHT_MASK
+    filtered = tl.load(params + row * FIELDS + MIN_P) > 0
+    left = tl.where(filtered, tl.load(sums + (row * 2 + 1) * BUCKETS + bucket), weight)
+    return bucket, tl.cumsum(tokens, 0), tl.cumsum(weight, 0), tl.cumsum(left, 0), tokens
+
+
+@triton.jit
+def _first(running, target, LAST: tl.constexpr):
+    """The first bucket whose running total reaches `target`, or LAST."""
+    return tl.minimum(tl.sum((running < target).to(tl.int32), axis=0), LAST)
+
+
+@triton.jit
+def _at(running, bucket, which):
+    """running[which], 0 for which = -1."""
+    return tl.sum(tl.where(bucket == which, running, 0), axis=0)
+
+
+@triton.jit
+def _plan(params, sums, ends, bounds, BUCKETS: tl.constexpr):
+    row = tl.program_id(0)
+    if _temperature(params, row) != 0.0:
+        bucket, tokens, weight, left, own = _histogram(params, sums, row, BUCKETS)
+        top_k, top_p = tl.load(params + row * FIELDS + TOP_K), tl.load(params + row * FIELDS + TOP_P)
+        cut = (top_k > 0) | (top_p < ALL_20BIT)
+        if cut:
+            last = _first(tokens, tl.where(top_k > 0, top_k, NO_RANK), BUCKETS - 1)
+            most = _at(weight, bucket, last)  # top-k may keep less of it, which moves top-p's boundary down only
+            last = tl.minimum(last, _first(weight, (top_p * most + ALL_20BIT - 1) >> 20, BUCKETS - 1))
+            first = last * 0
+        else:
+            last = _first(left, _draw(params, row, _at(left, bucket, BUCKETS - 1)) + 1, BUCKETS - 1)
+            first = last
+        begin = tokens - own
+        tl.store(ends + row * BUCKETS + bucket, (begin - _at(begin, bucket, first)).to(tl.int32))
+        tl.store(bounds + row * 2, first)
+        tl.store(bounds + row * 2 + 1, last)
+
+
+@triton.jit
+def _scatter(logits, best, params, ends, bounds, ranks, vocab, BUCKETS: tl.constexpr, SLICE: tl.constexpr):
+    row = tl.program_id(0)
+    if _temperature(params, row) != 0.0:
+        at, key, x, counts = _slice(logits, best, params, vocab, SLICE)
+        bucket = ieee.truncate(tl.where(counts, x, 0.0) * -PER_OCTAVE)
+        wanted = counts & (bucket >= tl.load(bounds + row * 2)) & (bucket <= tl.load(bounds + row * 2 + 1))
+        place = tl.atomic_add(ends + row * BUCKETS + bucket, 1, mask=wanted, sem="relaxed")
+        rank = (key.to(tl.int64) << ID_BITS) + at
+        tl.store(ranks + row.to(tl.int64) * vocab + place, rank, mask=wanted)
+
+
+@triton.jit
+def _sum(ranks, begin, end, limit, floor, TOKENS: tl.constexpr, TILE: tl.constexpr):
+    """Over the ranks begin..end of the list that are at most `limit`: how many, or the weight of those >= `floor`."""
+    total = tl.zeros([TILE], dtype=tl.int64)
+    for start in range(begin, end, TILE):
+        at = start + tl.arange(0, TILE)
+        rank = tl.load(ranks + at, mask=at < end, other=NO_RANK)
+        if TOKENS:
+            w = tl.full([TILE], 1, dtype=tl.int64)
+        else:
+            w = _weight(-ieee.value((rank >> ID_BITS).to(tl.int32)) * ieee.LOG2E)
+        total += tl.where((at < end) & (rank <= limit) & (w >= floor), w, 0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _least(ranks, begin, end, target, floor, TOKENS: tl.constexpr, TILE: tl.constexpr):
+    """The least rank at which _sum reaches `target`, which all of begin..end do."""
+    rank = target * 0
+    for i in range(RANK_BITS):
+        bit = (target * 0 + 1) << (RANK_BITS - 1 - i)
+        below = _sum(ranks, begin, end, rank + (bit - 1), floor, TOKENS, TILE)
+        rank = tl.where(below < target, rank + bit, rank)
+    return rank
+
+
+@triton.jit
+def _bucket(ends, which):
+    """Where bucket `which` begins and ends in the list. Buckets before the list's first end at or below 0."""
+    return tl.maximum(tl.load(ends + which - 1, mask=which > 0, other=0), 0), tl.load(ends + which)
+
+
+@triton.jit
+def _resolve(best, params, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    if _temperature(params, row) == 0.0:
+        tl.store(ids + row, 0x7FFFFFFF - (tl.load(best + row) & 0xFFFFFFFF))
+    else:
+        bucket, tokens, weight, left, _ = _histogram(params, sums, row, BUCKETS)
+        ranks += row.to(tl.int64) * vocab
+        ends += row * BUCKETS
+        top_k, top_p = tl.load(params + row * FIELDS + TOP_K), tl.load(params + row * FIELDS + TOP_P)
+        floor = tl.load(params + row * FIELDS + MIN_P) << 4
+        none = top_k * 0
+        end = none + NO_RANK  # the last rank that is kept, and its bucket
+        last = BUCKETS - 1 + none.to(tl.int32)
+        kept = _at(weight, bucket, BUCKETS - 1)
+        if (top_k > 0) & (top_k < _at(tokens, bucket, BUCKETS - 1)):
+            last = _first(tokens, top_k, BUCKETS - 1)
+            a, b = _bucket(ends, last)
+            end = _least(ranks, a, b, top_k - _at(tokens, bucket, last - 1), none, True, TILE)
+            kept = _at(weight, bucket, last - 1) + _sum(ranks, a, b, end, none, False, TILE)
+        if top_p < ALL_20BIT:
+            target = (top_p * kept + ALL_20BIT - 1) >> 20
+            last = _first(weight, target, BUCKETS - 1)
+            a, b = _bucket(ends, last)
+            end = _least(ranks, a, b, target - _at(weight, bucket, last - 1), none, False, TILE)
+        total = _at(left, bucket, last)
+        if end < NO_RANK:
+            a, b = _bucket(ends, last)
+            total = _at(left, bucket, last - 1) + _sum(ranks, a, b, end, floor, False, TILE)
+        u = _draw(params, row, total)
+        last = _first(left, u + 1, BUCKETS - 1)
+        a, b = _bucket(ends, last)
+        rank = _least(ranks, a, b, u + 1 - _at(left, bucket, last - 1), floor, False, TILE)
+        tl.store(ids + row, rank & ID_MASK)
+
+
+@triton.jit
+def _adjust(logits, entries, settings, count, vocab, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    row = tl.load(entries + at, mask=inside, other=0)
+    to = logits + row.to(tl.int64) * vocab + tl.load(entries + count + at, mask=inside, other=0)
+    biased = tl.load(entries + 2 * count + at, mask=inside, other=0)
+    bias = ieee.value(tl.load(entries + 3 * count + at, mask=inside, other=0))
+    seen = tl.load(entries + 4 * count + at, mask=inside, other=0)
+    times = tl.load(entries + 5 * count + at, mask=inside, other=0)
+    repetition = tl.load(settings + row * 3, mask=inside, other=1.0)
+    l = tl.load(to, mask=inside, other=0.0)  # noqa: E741
+    l = tl.where(biased != 0, l + bias, l)  # noqa: E741
+    l = tl.where(seen != 0, tl.where(l > 0.0, ieee.div(l, repetition), l * repetition), l)  # noqa: E741
+    presence, frequency = tl.load(settings + row * 3 + 1), tl.load(settings + row * 3 + 2)
+    l = tl.where(times != 0, (l - presence) - ieee.to_f32(times) * frequency, l)  # noqa: E741
+    tl.store(to, l, mask=inside)
+
+
+def adjust(logits: Tensor, entries: Tensor, settings: Tensor) -> Tensor:
+    """Steps 1 to 3 on a copy of logits: [S, V] f32.
+
+    `entries`: [6, N] int32, for each (row, id) once: row, id, whether biased, bits(bias), whether the repetition
+    penalty applies, times in the output; `settings`: [S, 3] f32: repetition, presence, frequency.
+    """
+    out = logits.clone()
+    count = entries.shape[1]
+    if count:
+        grid = (triton.cdiv(count, 256),)
+        _adjust[grid](out, entries, settings, count, logits.shape[1], BLOCK=256, **ieee.EXACT)
+    return out
+
+
+def sample(logits: Tensor, params: Tensor) -> Tensor:
+    """Steps 4 to 10. logits: [S, V] f32, adjusted; params: [S, 6] int64 in the order of the fields above -> [S] int64.
+
+    Temperature is given as bits(T), the seed as two's complement.
+    """
+    rows, vocab = logits.shape
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    step = max(LIST_MAX // vocab, 1)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        _sample(logits[part], params[part], ids[part], flags.word(logits.device))
+    return ids
+
+
+def _sample(logits: Tensor, params: Tensor, ids: Tensor, flag: Tensor) -> None:
+    rows, vocab = logits.shape
+    device = logits.device
+    buckets = BUCKETS.value
+    best = torch.full((rows,), -(1 << 63), dtype=torch.int64, device=device)
+    sums = torch.zeros(rows, 2, buckets, dtype=torch.int64, device=device)
+    ends = torch.empty(rows, buckets, dtype=torch.int32, device=device)
+    bounds = torch.empty(rows, 2, dtype=torch.int32, device=device)
+    ranks = torch.empty(rows, vocab, dtype=torch.int64, device=device)
+    grid = (rows, triton.cdiv(vocab, SLICE))
+    common = {"BUCKETS": buckets, **ieee.EXACT}
+    _top[grid](logits, best, flag, vocab, SLICE=SLICE, **ieee.EXACT)
+    _count[grid](logits, best, params, sums, vocab, SLICE=SLICE, **common)
+    _plan[(rows,)](params, sums, ends, bounds, num_warps=8, **common)
+    _scatter[grid](logits, best, params, ends, bounds, ranks, vocab, SLICE=SLICE, **common)
+    _resolve[(rows,)](best, params, sums, ends, bounds, ranks, ids, vocab, TILE=TILE, num_warps=8, **common)
