@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import hadamard, ieee, quantise
-from countermark_kernels.binding import check, native
+from countermark_kernels.binding import check, gpu, native
 
 
 def silu(x: Tensor) -> Tensor:
@@ -32,12 +32,15 @@ def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """gate_up: [T, 2I] f32, gate in the first half, up in the second -> (q: [T, I] int8, s: [T] f32).
 
     `block`: the Hadamard block, a power of two that divides I (`hadamard.block_size`).
-    Raises NumericsError `numerics.not_finite`.
+    Raises NumericsError `numerics.not_finite` (on CUDA: `gpu.flags.raise_pending`).
     """
-    check("gate_up", gate_up, torch.float32, (None, None))
+    check("gate_up", gate_up, torch.float32, (None, None), gate_up.device)
     width = gate_up.shape[1]
     if width % 2 or block < 1 or block & (block - 1) or width % (2 * block):
         raise ValueError(f"block: expected a power of two that divides half of {width}, got {block}")
+    if gate_up.is_cuda:
+        on_cuda: tuple[Tensor, Tensor] = gpu("activation").swiglu_quantise(gate_up, block)
+        return on_cuda
     library = native()
     if library is None:
         return reference(gate_up, block)

@@ -2,7 +2,8 @@
 
 The library is loaded on first use and used only when it was built from the C sources beside it and passed its
 known-answer self-test for an instruction set this processor has (best first); otherwise `reason` says why and the
-torch path runs. Both compute the same bits. ctypes releases the interpreter lock during a call.
+torch path runs. Both compute the same bits. ctypes releases the interpreter lock during a call. Tensors on CUDA go to
+the Triton kernels of gpu/ instead, which compute the same bits again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import threading
+from importlib import import_module
 from importlib.resources import as_file, files
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch import Tensor
 from countermark_kernels import ieee
 
 LIBRARY = "_native.so"
+CPU = torch.device("cpu")
 
 _I64, _F32, _PTR = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -248,16 +252,25 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless x is a contiguous CPU tensor of this dtype and shape (None: any size)."""
+def check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device = CPU) -> None:
+    """Raise ValueError unless x is a contiguous tensor of this dtype and shape (None: any size) on `device`.
+
+    An op passes its first tensor's own device for that tensor, which must be a CPU or CUDA, and for all others.
+    """
     have = x.shape
-    if x.dtype != dtype or len(have) != len(shape) or not x.is_contiguous() or x.device.type != "cpu":
+    there = x.device == device and device.type in {"cpu", "cuda"}
+    if x.dtype != dtype or len(have) != len(shape) or not x.is_contiguous() or not there:
         raise ValueError(
-            f"{name}: expected a contiguous CPU tensor {dtype} of {len(shape)} dimensions, got {_describe(x)}"
+            f"{name}: expected a contiguous {device.type} tensor {dtype} of {len(shape)} dimensions, got {_describe(x)}"
         )
     for size, want in zip(have, shape, strict=True):
         if want is not None and size != want:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(have)}")
+
+
+def gpu(name: str) -> ModuleType:
+    """countermark_kernels.gpu.`name`: imported when a tensor on CUDA first needs it, because triton is optional."""
+    return import_module(f"countermark_kernels.gpu.{name}")
 
 
 def pointer(x: Tensor | None) -> int | None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from countermark_kernels.binding import check, native
+from countermark_kernels.binding import check, gpu, native
 
 _MASK = (1 << 64) - 1
 
@@ -47,9 +47,12 @@ def reference(logits: Tensor, vocab: int) -> Tensor:
 
 def fingerprint(logits: Tensor, vocab: int) -> Tensor:
     """logits: [S, V] f32 before bias and penalties, `vocab`: the true vocabulary, at most V -> [S, 2] int64."""
-    check("logits", logits, torch.float32, (None, None))
+    check("logits", logits, torch.float32, (None, None), logits.device)
     if not 1 <= vocab <= logits.shape[1]:
         raise ValueError(f"vocab: expected 1..{logits.shape[1]}, got {vocab}")
+    if logits.is_cuda:
+        on_cuda: Tensor = gpu("fingerprint").fingerprint(logits, vocab)
+        return on_cuda
     library = native()
     if library is None:
         return reference(logits, vocab)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee, quantise
-from countermark_kernels.binding import check, native
+from countermark_kernels.binding import check, gpu, native
 
 EPS_MIN = 2.0**-40
 
@@ -56,10 +56,13 @@ def reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def norm_quantise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x: [T, H] f32, the residual -> (q: [T, H] int8, s: [T] f32). `eps` is a binary32 value.
 
-    Raises NumericsError `numerics.not_finite` or `numerics.range`.
+    Raises NumericsError `numerics.not_finite` or `numerics.range` (on CUDA: `gpu.flags.raise_pending`).
     """
-    check("x", x, torch.float32, (None, None))
+    check("x", x, torch.float32, (None, None), x.device)
     check_eps(eps)
+    if x.is_cuda:
+        on_cuda: tuple[Tensor, Tensor] = gpu("norm").norm_quantise(x, eps)
+        return on_cuda
     library = native()
     if library is None:
         return reference(x, eps)

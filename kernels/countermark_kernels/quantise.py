@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import check, native
+from countermark_kernels.binding import check, gpu, native
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,9 +33,12 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [T, K] f32 -> (q: [T, K] int8, s: [T] f32).
 
-    Raises NumericsError `numerics.not_finite` for an infinity or a NaN.
+    Raises NumericsError `numerics.not_finite` for an infinity or a NaN (on CUDA: `gpu.flags.raise_pending`).
     """
-    check("x", x, torch.float32, (None, None))
+    check("x", x, torch.float32, (None, None), x.device)
+    if x.is_cuda:
+        on_cuda: tuple[Tensor, Tensor] = gpu("quantise").quantise(x)
+        return on_cuda
     library = native()
     if library is None:
         return reference(x)

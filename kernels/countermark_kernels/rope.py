@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import hadamard, ieee, norm, quantise
-from countermark_kernels.binding import CRope, check, native, pointer
+from countermark_kernels.binding import CRope, check, gpu, native, pointer
 
 HEAD_SIZES = (64, 128)
 
@@ -95,7 +95,7 @@ def rope_quantise(
     `q_gain`, `k_gain`: [d] f32 with QK-norm (and its `eps`), else both None.
 
     Raises NumericsError `numerics.not_finite` or `numerics.range`; ValueError for a head size other than 64 or 128 or
-    a position outside the tables.
+    a position outside the tables. On CUDA `gpu.flags.raise_pending` raises, `numerics.range` for such a position.
     """
     if head_dim not in HEAD_SIZES:
         raise ValueError(f"head_dim: expected 64 or 128, got {head_dim}")
@@ -103,15 +103,20 @@ def rope_quantise(
         raise ValueError(f"heads: expected a multiple of {kv_heads} kv heads, got {heads}")
     if (q_gain is None) != (k_gain is None):
         raise ValueError("q_gain, k_gain: expected both or neither, got one")
-    check("qkv", qkv, torch.float32, (None, (heads + 2 * kv_heads) * head_dim))
-    check("positions", positions, torch.int32, (qkv.shape[0],))
-    check("cos", cos, torch.float32, (None, head_dim // 2))
-    check("sin", sin, torch.float32, (cos.shape[0], head_dim // 2))
+    device = qkv.device
+    check("qkv", qkv, torch.float32, (None, (heads + 2 * kv_heads) * head_dim), device)
+    check("positions", positions, torch.int32, (qkv.shape[0],), device)
+    check("cos", cos, torch.float32, (None, head_dim // 2), device)
+    check("sin", sin, torch.float32, (cos.shape[0], head_dim // 2), device)
     if q_gain is not None:
         norm.check_eps(eps)
     for name, gain in (("q_gain", q_gain), ("k_gain", k_gain)):
         if gain is not None:
-            check(name, gain, torch.float32, (head_dim,))
+            check(name, gain, torch.float32, (head_dim,), device)
+    if qkv.is_cuda:
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": eps}
+        dense = gpu("rope").dense(qkv, positions, cos, sin, q_gain=q_gain, k_gain=k_gain, **shape)
+        return Heads(**dict(zip(("q", "s_q", "k", "s_k", "v", "s_v"), dense, strict=True)))
     if qkv.shape[0] and not (int(positions.min()) >= 0 and int(positions.max()) < cos.shape[0]):
         raise ValueError(f"positions: expected values in 0..{cos.shape[0] - 1}, got others")
     library = native()

@@ -21,6 +21,7 @@ vocabulary up to 2^18). Nothing depends on the other sequences of the batch. Phi
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import CSampling, check, native
+from countermark_kernels.binding import CSampling, check, gpu, native
 
 ONE_20BIT = 1 << 20
 LOGIT_MAX = 2.0**100
@@ -90,10 +91,7 @@ def adjust(logits: Tensor, params: SamplerParams, history: History) -> Tensor:
     counted = params.presence != 0.0 or params.frequency != 0.0
     if not (params.logit_bias or penal or counted):
         return logits
-    vocab = logits.shape[0]
-    ids = {*params.logit_bias, *history.prompt, *history.output}
-    if ids and not 0 <= min(ids) <= max(ids) < vocab:
-        raise ValueError(f"ids: expected 0..{vocab - 1}, got others")
+    _check_ids(params, history, logits.shape[0])
     out = logits.clone()
     if params.logit_bias:
         biased = torch.tensor(sorted(params.logit_bias))
@@ -109,6 +107,12 @@ def adjust(logits: Tensor, params: SamplerParams, history: History) -> Tensor:
         times = torch.tensor([counts[i] for i in made.tolist()])
         out[made] = (out[made] - params.presence) - ieee.to_f32(times) * params.frequency
     return out
+
+
+def _check_ids(params: SamplerParams, history: History, vocab: int) -> None:
+    ids = {*params.logit_bias, *history.prompt, *history.output}
+    if ids and not 0 <= min(ids) <= max(ids) < vocab:
+        raise ValueError(f"ids: expected 0..{vocab - 1}, got others")
 
 
 def reference(logits: Tensor, params: SamplerParams, position: int) -> int:
@@ -139,9 +143,9 @@ def sample(
     """logits: [S, V] f32 of the true vocabulary; one entry of each list per row -> S token ids.
 
     `positions`: the absolute position (prompt length + n) of the token to be generated, under 2^32.
-    Raises NumericsError `numerics.not_finite` or `numerics.range`.
+    Raises NumericsError `numerics.not_finite` or `numerics.range`, on CUDA also for what led to the logits.
     """
-    check("logits", logits, torch.float32, (None, None))
+    check("logits", logits, torch.float32, (None, None), logits.device)
     rows, vocab = logits.shape
     if not 1 <= vocab <= VOCAB_MAX:
         raise ValueError(f"vocabulary: expected 1..{VOCAB_MAX}, got {vocab}")
@@ -149,6 +153,8 @@ def sample(
         raise ValueError(f"params, positions, histories: expected {rows} each, got others")
     if any(not 0 <= position < 1 << 32 for position in positions):
         raise ValueError("positions: expected 32 bits, got more")
+    if logits.is_cuda:
+        return _sample_on_cuda(logits, params, positions, histories)
     adjusted = [adjust(row, p, history) for row, p, history in zip(logits, params, histories, strict=True)]
     library = native()
     if library is None:
@@ -165,3 +171,55 @@ def sample(
     library.call("cm_sample", rows_in.data_ptr(), rows, vocab, calls, ids.data_ptr())
     chosen: list[int] = ids.tolist()
     return chosen
+
+
+def cuda_settings(params: Sequence[SamplerParams], positions: Sequence[int], vocab: int) -> Tensor:
+    """The parameters of steps 4 to 10 as gpu/sampler.py reads them: [S, 6] int64."""
+    rows = [
+        (_signed(p.seed), position, min(p.top_k, vocab), p.top_p_20bit, p.min_p_20bit, _bits(p.temperature))
+        for p, position in zip(params, positions, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+
+
+def cuda_adjustments(
+    params: Sequence[SamplerParams], histories: Sequence[History], vocab: int
+) -> tuple[Tensor, Tensor]:
+    """Steps 1 to 3 as gpu/sampler.py reads them: entries [6, N] int32 and settings [S, 3] f32."""
+    entries: list[tuple[int, ...]] = []
+    for row, (p, history) in enumerate(zip(params, histories, strict=True)):
+        penal, counted = p.repetition != 1.0, p.presence != 0.0 or p.frequency != 0.0
+        if not (p.logit_bias or penal or counted):
+            continue
+        _check_ids(p, history, vocab)
+        counts = Counter(history.output) if counted else Counter()
+        seen = {*history.prompt, *history.output} if penal else set()
+        for i in {*p.logit_bias, *seen, *counts}:
+            bias = p.logit_bias.get(i)
+            entries.append((row, i, int(bias is not None), _bits(bias or 0.0), int(i in seen), counts[i]))
+    settings = [(p.repetition, p.presence, p.frequency) for p in params]
+    by_field = torch.tensor(entries, dtype=torch.int32).reshape(-1, 6).T.contiguous()
+    return by_field, torch.tensor(settings, dtype=torch.float32).reshape(-1, 3)
+
+
+def _sample_on_cuda(
+    logits: Tensor, params: Sequence[SamplerParams], positions: Sequence[int], histories: Sequence[History]
+) -> list[int]:
+    kernels, vocab, device = gpu("sampler"), logits.shape[1], logits.device
+    entries, settings = cuda_adjustments(params, histories, vocab)
+    adjusted = kernels.adjust(logits, entries.to(device), settings.to(device))
+    ids = kernels.sample(adjusted, cuda_settings(params, positions, vocab).to(device))
+    gpu("flags").raise_pending(device)
+    chosen: list[int] = ids.tolist()
+    return chosen
+
+
+def _bits(value: float) -> int:
+    """The binary32 pattern of `value` as a signed integer."""
+    pattern: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return pattern
+
+
+def _signed(value: int) -> int:
+    """64 bits as two's complement."""
+    return value - (1 << 64) if value >> 63 else value

@@ -37,6 +37,7 @@ def _kernel(
     s_v,
     flag,
     rows,
+    context,
     heads,
     kv_heads,
     eps,
@@ -64,7 +65,10 @@ def _kernel(
             dead = (top < ieee.TINY_BITS)[:, None]
             x1 = tl.where(dead, 0.0, (x1 * r) * tl.load(gain + at))
             x2 = tl.where(dead, 0.0, (x2 * r) * tl.load(gain + half + at))
-        position = tl.load(positions + row, mask=present, other=0)[:, None].to(tl.int64)
+        position = tl.load(positions + row, mask=present, other=0)
+        outside = (position < 0) | (position >= context)
+        flags.report(flag, outside, flags.RANGE)
+        position = tl.where(outside, 0, position)[:, None].to(tl.int64)
         c = tl.load(cos + position * half + at, mask=mask, other=0.0)
         n = tl.load(sin + position * half + at, mask=mask, other=0.0)
         y1 = hadamard.transform(tl.reshape(x1 * c - x2 * n, [ROWS * half]), ROWS * half, STAGES - 1)
@@ -136,6 +140,7 @@ def rope_quantise(
             *pool,
             flags.word(qkv.device),
             rows,
+            cos.shape[0],
             heads,
             kv_heads,
             eps,
@@ -148,3 +153,38 @@ def rope_quantise(
             **ieee.EXACT,
         )
     return q, s_q
+
+
+def dense(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The same with k, v: [T, kv_heads, d] int8 and s_k, s_v: [T, kv_heads] f32 -> (q, s_q, k, s_k, v, s_v)."""
+    rows, device = qkv.shape[0], qkv.device
+    k, v = (torch.empty(rows, kv_heads, head_dim, dtype=torch.int8, device=device) for _ in range(2))
+    s_k, s_v = (torch.empty(rows, kv_heads, device=device) for _ in range(2))
+    q, s_q = rope_quantise(
+        qkv,
+        positions,
+        cos,
+        sin,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        q_gain=q_gain,
+        k_gain=k_gain,
+        eps=eps,
+        slots=torch.arange(rows, device=device),
+        pool=(k, s_k, v, s_v),
+        page=1,
+    )
+    return q, s_q, k, s_k, v, s_v

@@ -261,13 +261,13 @@ def _adjust(logits, entries, settings, count, vocab, BLOCK: tl.constexpr):
 
 
 def adjust(logits: Tensor, entries: Tensor, settings: Tensor) -> Tensor:
-    """Steps 1 to 3 on a copy of logits: [S, V] f32.
+    """Steps 1 to 3 on a copy of logits: [S, V] f32, or the logits themselves where there is nothing to do.
 
     `entries`: [6, N] int32, for each (row, id) once: row, id, whether biased, bits(bias), whether the repetition
     penalty applies, times in the output; `settings`: [S, 3] f32: repetition, presence, frequency.
     """
-    out = logits.clone()
     count = entries.shape[1]
+    out = logits.clone() if count else logits
     if count:
         grid = (triton.cdiv(count, 256),)
         _adjust[grid](out, entries, settings, count, logits.shape[1], BLOCK=256, **ieee.EXACT)
