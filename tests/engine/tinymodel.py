@@ -46,10 +46,12 @@ def tokenizer_json() -> bytes:
 
 
 class TinyArtefact:
-    """Has the attributes of `weights.Artefact` that the engine uses."""
+    """Has the attributes of `weights.Artefact` that the engine uses. `vocab` 0: the tokenizer's own."""
 
-    def __init__(self, architecture: str = "llama", *, seed: int = 1, layers: int = 2, context: int = 512) -> None:
-        vocab = tokenizers.Tokenizer.from_str(tokenizer_json().decode()).get_vocab_size()
+    def __init__(
+        self, architecture: str = "llama", *, seed: int = 1, layers: int = 2, context: int = 512, vocab: int = 0
+    ) -> None:
+        vocab = vocab or tokenizers.Tokenizer.from_str(tokenizer_json().decode()).get_vocab_size()
         self.config = ModelConfig(
             profile="exact-v0",
             name=f"tiny-{architecture}",
