@@ -13,7 +13,7 @@ from pathlib import Path
 import blake3
 import pytest
 import torch
-from tinymodels import TEMPLATE, whole, write_folder, write_gguf
+from tinymodels import TEMPLATE, whole, write_folder
 
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights import DamagedBlock, build, fold, load, parallel, tensor_specs, verify, verity
@@ -101,17 +101,6 @@ def test_second_build_is_bit_identical_on_any_number_of_threads(
         assert all((tmp_path / name).read_bytes() == (good / name).read_bytes() for name in FILES)
     assert torch.get_num_threads() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-
-
-def test_gguf_and_folder_of_one_model_give_the_same_tensors(tmp_path: Path) -> None:
-    write_folder(tmp_path / "folder", "llama")
-    write_gguf(tmp_path / "tiny.gguf", "llama")
-    a, b = (tmp_path / "a", tmp_path / "b")
-    build(tmp_path / "folder", a)
-    build(tmp_path / "tiny.gguf", b)
-    left, right = load(a), load(b)
-    assert left.config.rms_eps == right.config.rms_eps
-    assert all(torch.equal(left.tensor(name), right.tensor(name)) for name in left.tensors)
 
 
 def test_name_context_and_template_are_part_of_it(source: Path, good: Path, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tinymodels import TEMPLATE, config_of, write_gguf
+from tinymodels import TEMPLATE, config_of, write_folder, write_gguf
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from countermark.errors import WeightsError
+from countermark_appliance.engine.weights import build, load
 from countermark_appliance.engine.weights.config import LinearScaling, Llama3Scaling, RopeScaling
 from countermark_appliance.engine.weights.ggufsource import GgufSource
 
@@ -107,6 +108,19 @@ def test_refused_by_name(extra: dict[str, object], code: str, tmp_path: Path) ->
     with pytest.raises(WeightsError) as caught:
         GgufSource(tmp_path / "t.gguf").config(name="n", sha256=bytes(32), context=None)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_gguf_and_folder_of_one_model_give_the_same_tensors(architecture: str, head_dim: int, tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder", architecture, head_dim=head_dim)
+    write_gguf(tmp_path / "tiny.gguf", architecture, head_dim=head_dim)
+    a, b = (tmp_path / "a", tmp_path / "b")
+    build(tmp_path / "folder", a)
+    build(tmp_path / "tiny.gguf", b)
+    left, right = load(a), load(b)
+    assert left.config.rms_eps == right.config.rms_eps
+    assert all(torch.equal(left.tensor(name), right.tensor(name)) for name in left.tensors)
 
 
 def scaling_of(path: Path) -> RopeScaling | None:
