@@ -34,7 +34,9 @@ def _kernel(
         u = tl.load(gate + width + i * CHUNK + at, mask=inside, other=0.0)
         h = hadamard.transform(silu(g) * u, CHUNK, STAGES)
         top = tl.maximum(top, tl.max(ieee.magnitude(h), axis=0))
-        parts = parts + (h,)  # type: ignore[assignment] # noqa: RUF005  Triton's tuples know no unpacking
+        parts = parts + (ieee.round_bf16(h),)  # type: ignore[assignment] # noqa: RUF005  Triton's tuples know no unpacking
+    flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)  # before the rounding, which can hide a NaN
+    top = ieee.bits(ieee.round_bf16(ieee.value(top)))  # rounding is monotone: the largest stays the largest
     flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)
     t, scale = factors(top)
     for i in tl.static_range(PARTS):

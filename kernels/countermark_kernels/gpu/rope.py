@@ -19,6 +19,8 @@ from countermark_kernels.gpu import flags, hadamard, ieee
 from countermark_kernels.gpu.norm import inverse_rms
 from countermark_kernels.gpu.quantise import factors
 
+RANGE_BITS = tl.constexpr((127 + 30) << 23)
+
 
 @triton.jit
 def _kernel(
@@ -77,6 +79,7 @@ def _kernel(
         x2 = tl.reshape(y1 - y2, [ROWS, half])
         top = tl.maximum(tl.max(ieee.magnitude(x1), axis=1), tl.max(ieee.magnitude(x2), axis=1))
         flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)
+    flags.report(flag, top >= RANGE_BITS, flags.RANGE)
     t, scale = factors(top)
     z1 = ieee.rint_int32(x1 * t[:, None]).to(tl.int8)
     z2 = ieee.rint_int32(x2 * t[:, None]).to(tl.int8)
