@@ -12,6 +12,7 @@ import pytest
 
 PACKAGE = Path(str(files("countermark_kernels")))
 SOURCES = sorted(PACKAGE.glob("*.py"))
+GPU_SOURCES = sorted((PACKAGE / "gpu").glob("*.py"))
 C_SOURCES = sorted((PACKAGE / "native").glob("*.[ch]"))
 NEVER = {
     *("addcmul", "addcdiv", "lerp", "silu", "softmax", "log_softmax", "sigmoid", "exp", "exp2", "log", "log2", "sqrt"),
@@ -21,6 +22,55 @@ NEVER = {
 INTEGER_ONLY = {"sum", "cumsum", "prod"}
 ALLOWED_MODULES = {"ieee", "math", "linear", "attention"}
 """`ieee.div(...)` is the way to divide; `math` is for Python constants; the others are our own functions."""
+
+
+KERNEL_NEVER = {
+    *("exp", "exp2", "log", "log2", "cos", "sin", "tanh", "sqrt", "sqrt_rn", "rsqrt", "fdiv", "div_rn", "erf", "floor"),
+    *("ceil", "sigmoid", "softmax", "fma", "rint", "round", "reduce", "associative_scan", "cumprod", "dot_scaled"),
+}
+"""In a Triton kernel these round, fuse, approximate, or sum in an order. gpu/ieee.py alone calls the exact ones."""
+GLUON_MAY = {"gl.div_rn", "gl.fma", "gl.ceil"}
+"""Correctly rounded or exact, and not to be had from gpu/ieee.py, which is not written in Gluon."""
+KERNEL_SUMS = {"sum": 0, "cumsum": 0, "atomic_add": 1}
+"""Free of order over integers only: the operand (which argument) must be asserted to be one in the same function."""
+ASSEMBLY = re.compile(r"\.(approx|ftz)|\b(fma|ex2|lg2|rcp|rsqrt|sin|cos|tanh)\.")
+
+
+def kernel_faults(source: str) -> Iterator[str]:
+    for scope in ast.parse(source).body:
+        text = ast.unparse(scope)
+        exact = {"ieee.EXACT"} | {
+            ast.unparse(node.targets[0])
+            for node in ast.walk(scope)
+            if isinstance(node, ast.Assign) and "**ieee.EXACT" in ast.unparse(node.value)
+        }
+        for node in ast.walk(scope):
+            if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Div | ast.Pow):
+                yield f"{node.lineno}: operator"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and ASSEMBLY.search(node.value):
+                yield f"{node.lineno}: assembly"
+            elif isinstance(node, ast.Call):
+                yield from (
+                    f"{node.lineno}: {k.arg}" for k in node.keywords if k.arg in {"allow_tf32", "input_precision"}
+                )
+                if isinstance(node.func, ast.Subscript):
+                    if not any(k.arg is None and ast.unparse(k.value) in exact for k in node.keywords):
+                        yield f"{node.lineno}: a launch without EXACT"
+                elif isinstance(node.func, ast.Attribute):
+                    yield from _call_faults(node, node.func, text)
+
+
+def _call_faults(node: ast.Call, function: ast.Attribute, scope: str) -> Iterator[str]:
+    name, owner = function.attr, ast.unparse(function.value)
+    if name in KERNEL_NEVER and owner != "ieee" and f"{owner}.{name}" not in GLUON_MAY:
+        yield f"{node.lineno}: {name}"
+    if name == "dot" and not any(k.arg == "out_dtype" and k.value.attr == "int32" for k in node.keywords):
+        yield f"{node.lineno}: dot of floats"
+    if name in KERNEL_SUMS and owner != "torch":
+        operand = node.args[KERNEL_SUMS[name]] if owner in {"tl", "gl"} else function.value
+        constant = isinstance(operand, ast.Constant) and isinstance(operand.value, int)
+        if not constant and f"static_assert({ast.unparse(operand)}.dtype.is_int()" not in scope:
+            yield f"{node.lineno}: {name} of what may be floats"
 
 
 def faults(source: str) -> Iterator[str]:
@@ -44,6 +94,7 @@ def faults(source: str) -> Iterator[str]:
 
 def test_there_is_something_to_check() -> None:
     assert len(SOURCES) >= 14
+    assert len(GPU_SOURCES) >= 10
     assert len(C_SOURCES) >= 16
 
 
@@ -76,6 +127,63 @@ def test_sources_are_clean(path: Path) -> None:
 )
 def test_the_lint_sees(line: str) -> None:
     assert len(list(faults(line))) == 1
+
+
+@pytest.mark.parametrize("path", [p for p in GPU_SOURCES if p.name != "ieee.py"], ids=lambda p: p.name)
+def test_gpu_sources_are_clean(path: Path) -> None:
+    assert list(kernel_faults(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "y = x / 127.0",
+        "x /= y",
+        "y = x**2",
+        "y = tl.sqrt(x)",
+        "y = tl.sqrt_rn(x)",
+        "y = tl.div_rn(x, y)",
+        "y = tl.exp(x)",
+        "y = tl.exp2(x)",
+        "y = tl.math.exp2(x)",
+        "y = libdevice.rint(x)",
+        "y = tl.log(x)",
+        "y = x.exp()",
+        "y = tl.sigmoid(x)",
+        "y = tl.softmax(x)",
+        "y = tl.fma(x, y, z)",
+        "y = tl.sum(x, axis=0)",
+        "y = x.sum(0)",
+        "y = gl.sum(x, 0)",
+        "y = tl.cumsum(x, 0)",
+        "y = tl.reduce(x, 0, f)",
+        "tl.atomic_add(p, x)",
+        "y = tl.dot(a, b)",
+        "y = tl.dot(a, b, out_dtype=tl.float32)",
+        "y = tl.load(p, allow_tf32=True)",
+        "kernel[(1,)](x)",
+        "kernel[(1,)](x, num_warps=4, **options)",
+        'y = tl.inline_asm_elementwise("ex2.approx.f32 $0, $1;", "=r,r", [x])',
+        'y = tl.inline_asm_elementwise("fma.rn.f32 $0, $1, $2, $3;", "=r,r", [x])',
+    ],
+)
+def test_the_kernel_lint_sees(line: str) -> None:
+    assert len(list(kernel_faults(f"def f():\n    {line}"))) == 1
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "y = ieee.div(x, y)",
+        "tl.static_assert(x.dtype.is_int())\n    y = tl.sum(x, axis=0)",
+        "y = tl.dot(a, b, out_dtype=tl.int32)",
+        "tl.atomic_add(p, 1)",
+        "kernel[(1,)](x, **ieee.EXACT)",
+        "options = {'num_warps': 4, **ieee.EXACT}\n    kernel[(1,)](x, **options)",
+    ],
+)
+def test_the_kernel_lint_lets_pass(lines: str) -> None:
+    assert list(kernel_faults(f"def f():\n    {lines}")) == []
 
 
 @pytest.mark.parametrize("path", C_SOURCES, ids=lambda p: p.name)

@@ -32,8 +32,8 @@ def _kernel(logits, lanes, stride, vocab, SLICE: tl.constexpr):
     pattern = ieee.bits(l).to(tl.uint32, bitcast=True).to(tl.uint64)
     index = at.to(tl.uint64) * 2
     for lane in tl.static_range(2):
-        part = tl.sum((pattern * _factor(index + lane)).to(tl.int64, bitcast=True), axis=0)
-        tl.atomic_add(lanes + row * 2 + lane, part, sem="relaxed")
+        part = ieee.total((pattern * _factor(index + lane)).to(tl.int64, bitcast=True), 0)
+        ieee.add(lanes + row * 2 + lane, part, None)
 
 
 def fingerprint(logits: Tensor, vocab: int) -> Tensor:

@@ -146,3 +146,24 @@ def exp(x):
 def truncate(x):
     """x without its fraction as int32, for |x| < 2^31."""
     return x.to(tl.int32)
+
+
+@triton.jit
+def total(n, axis: tl.constexpr):
+    """The sum of integers along an axis: free of order."""
+    tl.static_assert(n.dtype.is_int())
+    return tl.sum(n, axis=axis)
+
+
+@triton.jit
+def running(n):
+    """The running totals of integers [N], each element's own included."""
+    tl.static_assert(n.dtype.is_int())
+    return tl.cumsum(n, 0)
+
+
+@triton.jit
+def add(to, n, mask):
+    """Add integers to memory, in any order."""
+    tl.static_assert(n.dtype.is_int())
+    return tl.atomic_add(to, n, mask=mask, sem="relaxed")

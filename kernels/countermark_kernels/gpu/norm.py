@@ -16,7 +16,7 @@ def inverse_rms(x, top, width, eps, flag):
     """r of each row (last axis) of x, zero beyond its `width` elements, from the pattern `top` of the row's amax."""
     e = ieee.exponent(ieee.value(tl.where(top < ieee.TINY_BITS, ieee.ONE_BITS, top)))
     z = ieee.rint_int32(x * tl.expand_dims(ieee.pow2(14 - e), -1))
-    total = ieee.to_f32(tl.sum((z * z).to(tl.int64), axis=-1))
+    total = ieee.to_f32(ieee.total((z * z).to(tl.int64), -1))
     n = tl.zeros_like(total) + width
     power = ieee.pow2(tl.minimum(tl.maximum(2 * e - 28, -126), 127))
     mean_square = ieee.div(total, n) * power

@@ -94,10 +94,10 @@ def _count(logits, best, params, sums, vocab, BUCKETS: tl.constexpr, SLICE: tl.c
         _, _, x, counts = _slice(logits, best, params, vocab, SLICE)
         w = _weight(x)
         to = sums + row * 2 * BUCKETS + ieee.truncate(tl.where(counts, x, 0.0) * -PER_OCTAVE)
-        tl.atomic_add(to, w + ONE_TOKEN, mask=counts, sem="relaxed")
+        ieee.add(to, w + ONE_TOKEN, counts)
         floor = tl.load(params + row * FIELDS + MIN_P) << 4
         if floor > 0:
-            tl.atomic_add(to + BUCKETS, w, mask=counts & (w >= floor), sem="relaxed")
+            ieee.add(to + BUCKETS, w, counts & (w >= floor))
 
 
 @triton.jit
@@ -125,19 +125,19 @@ def _histogram(params, sums, row, BUCKETS: tl.constexpr):
     tokens, weight = both >> WEIGHT_BITS, both & WEIGHT_MASK
     filtered = tl.load(params + row * FIELDS + MIN_P) > 0
     left = tl.where(filtered, tl.load(sums + (row * 2 + 1) * BUCKETS + bucket), weight)
-    return bucket, tl.cumsum(tokens, 0), tl.cumsum(weight, 0), tl.cumsum(left, 0), tokens
+    return bucket, ieee.running(tokens), ieee.running(weight), ieee.running(left), tokens
 
 
 @triton.jit
 def _first(running, target, LAST: tl.constexpr):
     """The first bucket whose running total reaches `target`, or LAST."""
-    return tl.minimum(tl.sum((running < target).to(tl.int32), axis=0), LAST)
+    return tl.minimum(ieee.total((running < target).to(tl.int32), 0), LAST)
 
 
 @triton.jit
 def _at(running, bucket, which):
     """running[which], 0 for which = -1."""
-    return tl.sum(tl.where(bucket == which, running, 0), axis=0)
+    return ieee.total(tl.where(bucket == which, running, 0), 0)
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def _sum(ranks, begin, end, limit, floor, TOKENS: tl.constexpr, TILE: tl.constex
         else:
             w = _weight(-ieee.value((rank >> ID_BITS).to(tl.int32)) * ieee.LOG2E)
         total += tl.where((at < end) & (rank <= limit) & (w >= floor), w, 0)
-    return tl.sum(total, axis=0)
+    return ieee.total(total, 0)
 
 
 @triton.jit
