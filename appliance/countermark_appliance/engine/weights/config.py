@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 from countermark.errors import WeightsError
 from countermark_kernels import PROFILE
+from countermark_kernels.attention import CONTEXT_MAX
+from countermark_kernels.linear import K_MAX
+from countermark_kernels.norm import EPS_MIN
+from countermark_kernels.rope import HEAD_SIZES
+from countermark_kernels.sampler import VOCAB_MAX
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-HEAD_DIMS = (64, 128)
-MAX_CONTEXT = 133_144  # tokens: the attention sums stay inside int32 (profile table, row "attention")
-MAX_REDUCTION = 32_768  # inputs of one linear layer: 32768 * 127 * 127 < 2^31
 MAX_HADAMARD_BLOCK = 512
 WIDTH_STEP = 32  # hidden and intermediate sizes are multiples of this
 ROTATION_SEED = 0x636F756E7465726D  # "counterm"; any constant does, it is part of the artefact
@@ -137,9 +139,9 @@ class ModelConfig:
             )
         if not 1 <= len(self.name) <= 128 or not self.name.isprintable():
             raise WeightsError(f"name: expected 1 to 128 printable characters, got {self.name!r}", code="weights.name")
-        if self.head_dim not in HEAD_DIMS:
+        if self.head_dim not in HEAD_SIZES:
             raise WeightsError(
-                f"head_dim: expected {' or '.join(map(str, HEAD_DIMS))}, got {self.head_dim}",
+                f"head_dim: expected {' or '.join(map(str, HEAD_SIZES))}, got {self.head_dim}",
                 code="weights.unsupported_head_dim",
             )
         _within("layers", self.layers, 1, 512, "layers")
@@ -153,17 +155,20 @@ class ModelConfig:
             ("intermediate", self.intermediate),
             ("heads * head_dim", self.heads * self.head_dim),
         ):
-            if width % WIDTH_STEP or not WIDTH_STEP <= width <= MAX_REDUCTION:
+            if width % WIDTH_STEP or not WIDTH_STEP <= width <= K_MAX:
                 raise WeightsError(
-                    f"{field}: expected a multiple of {WIDTH_STEP} up to {MAX_REDUCTION}, got {width}",
+                    f"{field}: expected a multiple of {WIDTH_STEP} up to {K_MAX}, got {width}",
                     code="weights.unsupported_width",
                 )
-        _within("vocab", self.vocab, 2, 1 << 20, "vocab")
-        _within("context", self.context, 1, MAX_CONTEXT, "context")
-        for field, value, high in (("rms_eps", self.rms_eps, 1.0), ("rope_theta", self.rope_theta, 1e30)):
-            if not 0 < value <= high or binary32(value) != value:
+        _within("vocab", self.vocab, 2, VOCAB_MAX, "vocab")
+        _within("context", self.context, 1, CONTEXT_MAX, "context")
+        for field, value, low, high in (
+            ("rms_eps", self.rms_eps, EPS_MIN, 1.0),
+            ("rope_theta", self.rope_theta, 2.0**-100, 1e30),
+        ):
+            if not low <= value <= high or binary32(value) != value:
                 raise WeightsError(
-                    f"{field}: expected a binary32 value above 0 and up to {high}, got {value}",
+                    f"{field}: expected a binary32 value from {low} to {high}, got {value}",
                     code=f"weights.unsupported_{field}",
                 )
         if self.qk_norm != (self.architecture == "qwen3") or (self.architecture == "qwen2" and not self.attention_bias):

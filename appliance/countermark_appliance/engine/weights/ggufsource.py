@@ -19,7 +19,6 @@ from torch import Tensor
 from countermark.errors import WeightsError
 from countermark_appliance.engine.weights.config import (
     ARCHITECTURES,
-    HEAD_DIMS,
     LinearScaling,
     Llama3Scaling,
     ModelConfig,
@@ -34,6 +33,7 @@ from countermark_appliance.engine.weights.ropetable import inverse_frequencies
 from countermark_appliance.engine.weights.source import EMBED, FINAL_NORM, HEAD, check_tensors, expected_tensors
 from countermark_appliance.engine.weights.tokenizerjson import tokenizer_json
 from countermark_kernels import PROFILE
+from countermark_kernels.rope import HEAD_SIZES
 
 _TOP = {"token_embd.weight": EMBED, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
 _LAYER = {
@@ -178,7 +178,7 @@ class GgufSource:
     def _llama3(self, head_dim: int, theta: float) -> Llama3Scaling:
         found = self._file.rows(_ROPE_FACTORS, 0, 1).view(-1)
         highest = float(found.max())
-        if head_dim in HEAD_DIMS and 2 * len(found) == head_dim and theta > 0 and 1 <= highest <= 1e6:
+        if head_dim in HEAD_SIZES and 2 * len(found) == head_dim and theta > 0 and 1 <= highest <= 1e6:
             scaling = Llama3Scaling(factor=highest, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
             plain, scaled = (inverse_frequencies(head_dim, theta, x).double() for x in (None, scaling))
             if bool(((plain / scaled / found - 1).abs() < _FACTOR_ERROR).all()):
