@@ -15,6 +15,7 @@ from countermark.bundle import Bundle
 from countermark.formats.receipt import Answer
 from countermark.formats.records import EXACT_CLAIMS, EXACT_TIER, Sampling, Stack, encode_input
 from countermark.formats.report_data import Purpose
+from countermark.numerics import CURRENT
 from countermark.policy import Policy, Profile, new_policy, pin
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
 from countermark.wire import countermark_v1_pb2 as pb
@@ -82,7 +83,7 @@ def stack(image_id: bytes) -> Stack:
         adapters=(),
         tokenizer_digest=bytes(32),
         chat_template_digest=bytes(32),
-        profile="exact-v0",
+        profile=CURRENT,
         kernel_digest=KERNELS,
         engine="0.1.0",
         backend="torch",
@@ -182,12 +183,12 @@ def answer(completed: Completed) -> Answer:
     return Answer(tokens=OUTPUT_TOKENS, text=TEXT, fingerprints=FINGERPRINTS, field_salts=completed.field_salts)
 
 
-def start(directory: Path, code: Path, **changes: object) -> Machine:
-    """Boot a machine whose measured code is the folder `code`."""
+def start(directory: Path, code: Path, *, measured_profile: str = CURRENT, **changes: object) -> Machine:
+    """Boot a machine whose measured code is the folder `code`; `changes`: what its records say otherwise."""
     state = make(now=NOW, roots=[code])
     platform, keyring = boot(state, roots=[code]), Keyring()
     values = boot_values(
-        platform, keyring, config=CONFIG, weights_root=WEIGHTS_ROOT, profile="exact-v0", kernel_digest=KERNELS
+        platform, keyring, config=CONFIG, weights_root=WEIGHTS_ROOT, profile=measured_profile, kernel_digest=KERNELS
     )
     extend_boot(platform, values)
     extend_ready(platform, values)
@@ -197,7 +198,7 @@ def start(directory: Path, code: Path, **changes: object) -> Machine:
         operator=OPERATOR,
         keyring=keyring,
         evidence_digest=bytes(32),
-        stack=replace(stack(platform.image_id), **changes),  # type: ignore[arg-type]
+        stack=replace(stack(platform.image_id), **{"profile": measured_profile, **changes}),  # type: ignore[arg-type]
     )
     digests = [hashlib.sha256(der).digest() for der in (state.root_der, state.gpu_root_der)]
     policy = new_policy(Profile.TEST, now=NOW, simulated_tdx_root=digests[0], simulated_gpu_root=digests[1])

@@ -24,6 +24,7 @@ from countermark.formats.boot_events import BootEvents
 from countermark.formats.evidence import Evidence, GpuEvidence, encode_evidence, gpu_digest
 from countermark.formats.quote import encode_quote, encode_signed_part, parse_quote
 from countermark.formats.report_data import Claims, GpuFreshness, Purpose, encode_claims, gpu_nonce, report_data
+from countermark.numerics import CURRENT
 from countermark.policy import Policy, Profile, new_policy, pin
 from countermark_appliance.platform import sim
 from countermark_appliance.platform.attester import boot_values
@@ -137,7 +138,7 @@ class Scene:
         platform = sim.boot(self.state, self.launch, roots=[code_folder(self.code)])
         boot = self.boot(
             boot_values(
-                platform, self.keys, config=CONFIG, weights_root=WEIGHTS, profile="exact-v0", kernel_digest=KERNELS
+                platform, self.keys, config=CONFIG, weights_root=WEIGHTS, profile=CURRENT, kernel_digest=KERNELS
             )
         )
         for data in self.events(boot_events.boot_event_data(boot)):

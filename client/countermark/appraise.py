@@ -6,7 +6,8 @@ passed.
 
 Scopes: `session` applies all steps to a live connection. `bundle` is offline: step 7 becomes 7b (nonce, exporter and
 TLS key are assertions of whoever made the bundle) and step 11 does not apply. Time is always an argument: a quote has
-none of its own, so what is proven is that everything is valid at `now`.
+none of its own, so what is proven is that everything is valid at `now`. A retired numerics profile is refused live, and
+passes offline, because `verify_bundle` checks the rest before it says that a bundle under one is undecidable.
 
 Not checked here: receipts and logs (other modules, which take a Verdict), GPU reference manifests and certificate
 revocation by OCSP (so evidence under NVIDIA's root is undecidable), and where a machine stands unless the policy lists
@@ -42,6 +43,7 @@ from countermark.formats.report_data import Claims, parse_claims
 from countermark.gpu.appraise import appraise_gpus, parse_gpus
 from countermark.gpu.report import Gpu
 from countermark.keys import PublicKey
+from countermark.numerics import is_retired
 from countermark.policy import INTEL_SGX_ROOT, Policy
 from countermark.tdx.endorsements import parse_endorsements, verify_endorsements
 from countermark.tdx.quote import Platform, verify_quote, verify_root
@@ -324,7 +326,7 @@ def appraise(
             detail.append(f"PPID {platform.ppid.hex()}")
 
     with steps.step("10") as detail:
-        _verify_model(boot, policy)
+        _verify_model(boot, policy, scope)
         detail.append(f"weights {boot.weights_root.hex()}; {boot.profile}")
         detail.append(f"config {boot.config.hex()}" + (" (the policy accepts any)" if policy.any_config else ""))
 
@@ -374,12 +376,14 @@ def _verify_hardware(platform: Platform, gpus: tuple[Gpu, ...], policy: Policy) 
             raise MeasurementError(message, code="hardware.gpu")
 
 
-def _verify_model(boot: BootEvents, policy: Policy) -> None:
+def _verify_model(boot: BootEvents, policy: Policy, scope: Scope) -> None:
     if boot.weights_root not in policy.weights_roots:
         known = [root.hex() for root in policy.weights_roots]
         raise WeightsError(f"weights root: expected one of {known}, got {boot.weights_root.hex()}", code="weights.root")
-    if boot.profile not in policy.numerics:
-        message = f"numerics: expected one of {list(policy.numerics)}, got {boot.profile}"
+    retired = is_retired(boot.profile)  # offline, `verify_bundle` has the last word on those
+    if not (scope is Scope.BUNDLE if retired else boot.profile in policy.numerics):
+        got = f"{boot.profile}, which is retired" if retired else boot.profile
+        message = f"numerics: expected one of {list(policy.numerics)}, got {got}"
         raise MeasurementError(message, code="numerics.profile")
     if not policy.any_config and boot.config not in policy.configs:
         known = [digest.hex() for digest in policy.configs]

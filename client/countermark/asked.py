@@ -93,7 +93,7 @@ def check_settings(asked: Asked, intent: Intent) -> None:
 def _settings(message: pb.GenerateRequest) -> dict[str, object]:
     sampling = message.sampling
     settings = dict(DEFAULTS) | {name: getattr(sampling, name) for name in _PLAIN if sampling.HasField(name)}
-    if sampling.HasField("top_p"):  # the sampler's unit; profile exact-v0 rounds half to even and never to nothing
+    if sampling.HasField("top_p"):  # the sampler's unit; profile exact-v1 rounds half to even and never to nothing
         settings["top_p_20bit"] = max(1, _in_20bit(sampling.top_p))
     if sampling.HasField("min_p"):
         settings["min_p_20bit"] = _in_20bit(sampling.min_p)

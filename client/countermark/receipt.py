@@ -22,8 +22,9 @@ import hmac
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
+from countermark import numerics
 from countermark.appraise import Verdict
 from countermark.asked import Asked, check_settings, parse_request
 from countermark.checks import Check, Status
@@ -36,7 +37,6 @@ from countermark.tlog.checkpoint import ED25519, Checkpoint, LogKeys, verify_che
 
 _SEAL = object()
 _SIGNER_ROLES = ("receipt-es256", "receipt-ml-dsa-65")
-_PROMISED: Final = {"exact-v0": (records.EXACT_TIER, records.EXACT_CLAIMS)}  # by profile; nobody may promise less
 
 
 class Sealed:
@@ -251,9 +251,10 @@ def _check_stack(intent: Intent, verdict: Verdict) -> None:
     _same("config digest", verdict.claims.config, stack.config_digest, "receipt.config")
     if stack.profile != verdict.profile:
         raise ReceiptError(f"profile: expected {verdict.profile}, got {stack.profile}", code="receipt.profile")
-    promised = _PROMISED.get(stack.profile)
-    if promised is not None and (stack.determinism, stack.claims) != promised:
-        message = f"claims: expected {', '.join(promised[1])}, as {stack.profile} promises, got {stack.claims!r:.100}"
+    promised = numerics.PROFILES.get(stack.profile)
+    if promised is not None and (stack.determinism, stack.claims) != (promised.determinism, promised.claims):
+        wanted = f"{', '.join(promised.claims)}, as {stack.profile} promises"
+        message = f"claims: expected {wanted}, got {stack.claims!r:.100}"
         raise ReceiptError(message, code="receipt.profile")
     _same("kernel digest", verdict.kernel_digest, stack.kernel_digest, "receipt.kernel_digest")
 

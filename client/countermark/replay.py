@@ -28,6 +28,7 @@ from typing import Any, Final, Protocol
 from countermark.asked import parse_request
 from countermark.errors import FormatError, ReplayDiverged, RequestError, Undecidable, WeightsError
 from countermark.formats.records import Stack
+from countermark.numerics import refuse_retired, require_executable
 from countermark.receipt import CheckedReceipt
 from countermark.verify import Verification
 
@@ -42,7 +43,7 @@ class Runner(Protocol):
 
     @property
     def profile(self) -> str:
-        """The numerics profile id, such as `exact-v0`."""
+        """The numerics profile id, such as `exact-v1`."""
 
     @property
     def weights_root(self) -> bytes:
@@ -94,7 +95,6 @@ class Runner(Protocol):
         """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
 
 
-KNOWN_PROFILES: Final = ("exact-v0",)
 _ARTEFACT: Final = ("model", "quantisation", "manifest_digest", "tokenizer_digest", "chat_template_digest")
 _RECORDED: Final = ("kernel_digest", "engine", "torch", "cpu", "backend", "gpus", "image_id")
 
@@ -187,12 +187,10 @@ class ReplayResult:
 def load_runner(profile: str, weights_dir: Path) -> Runner:
     """Find what can execute a profile on this machine and load the weights into it.
 
-    Raises `Undecidable`: `replay.profile_retired` (this version does not know the profile) or `replay.no_runner` (no
-    engine is installed); and what the engine raises on bad weights.
+    Raises `Undecidable`: `profile.retired`, `profile.unknown` (to this version) or `replay.no_runner` (no engine is
+    installed); and what the engine raises on bad weights.
     """
-    if profile not in KNOWN_PROFILES:
-        message = f"profile {profile!r:.60}: retired, or newer than this version (known: {', '.join(KNOWN_PROFILES)})"
-        raise Undecidable(message, code="replay.profile_retired")
+    require_executable(profile)
     found = tuple(entry_points(group="countermark.runners", name=profile))
     try:
         if not found:
@@ -209,13 +207,15 @@ def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode |
     """Run a verified answer again and compare, up to the first difference; in the order the module's docstring gives.
 
     Raises `WeightsError` (`replay.weights_root`: the runner has other weights; `replay.artefact`: the record says of
-    these weights what is not so), `Undecidable`: `replay.profile` (the runner executes another profile),
-    `replay.hardware` (the profile promises nothing across machines); `FormatError` on a record that cannot be run.
+    these weights what is not so), `Undecidable`: `profile.retired`, `replay.profile` (the runner executes another
+    profile), `replay.hardware` (the profile promises nothing across machines); `FormatError` on a record that cannot be
+    run.
     """
     mode = Mode(mode)
     receipt = verified.receipt if isinstance(verified, Verification) else verified
     intent, answer = receipt.intent, receipt.answer
     stack = intent.stack
+    refuse_retired(stack.profile)
     if runner.profile != stack.profile:
         message = f"profile: expected {stack.profile}, got a runner of {runner.profile}"
         raise Undecidable(message, code="replay.profile")

@@ -17,6 +17,7 @@ from countermark.appraise import Scope, TimeBasis, Verdict, appraise
 from countermark.bundle import Bundle
 from countermark.checks import Check
 from countermark.errors import MeasurementError
+from countermark.numerics import refuse_retired
 from countermark.policy import Policy, verify_manifest
 from countermark.receipt import CheckedReceipt, Sealed, Steps, verify_accepted, verify_receipt
 
@@ -68,8 +69,8 @@ def verify_bundle(
     """Verify a bundle under a policy at time `at` (unix seconds), or raise.
 
     `time_basis`: `NOW` when `at` is this machine's clock, `ASSUMED` when somebody chose it. Raises what `appraise`,
-    `verify_accepted` and `verify_receipt` raise, and for step 19 `FormatError` (`manifest.*`) or `MeasurementError`
-    (`manifest.*`); the error carries all checks made so far.
+    `verify_accepted` and `verify_receipt` raise, for step 19 `FormatError` (`manifest.*`) or `MeasurementError`
+    (`manifest.*`), and after the last step `Undecidable` (`profile.retired`); the error carries all checks made so far.
     """
     verdict = appraise(bundle.evidence, policy, now=at, scope=Scope.BUNDLE, time_basis=time_basis)
     accepted = verify_accepted(bundle.acceptance, verdict, bundle.request)
@@ -85,4 +86,5 @@ def verify_bundle(
                 raise MeasurementError(message, code="manifest.image")
             detail.append(f"image {image.image_id.hex()}, version {image.version}")
     steps.skip("20", "log witnesses", f"{UNWITNESSED}: nobody else is known to have seen this log")
+    refuse_retired(verdict.profile, steps.done)
     return Verification(receipt=receipt, checks=steps.done, witnesses=UNWITNESSED, seal=_SEAL)

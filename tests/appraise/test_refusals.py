@@ -29,6 +29,7 @@ from countermark.formats.evidence import Evidence, GpuEvidence, PlatformName, en
 from countermark.formats.quote import TdAttributes, TdReport, encode_quote, parse_quote, quote_digest
 from countermark.formats.report_data import Claims, GpuFreshness, Purpose, encode_claims, keys_digest, parse_claims
 from countermark.gpu.report import DICE_FWID
+from countermark.numerics import CURRENT
 from countermark.policy import Policy, Profile, Waiver, new_policy
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.platform.sim import intel, nvidia
@@ -768,6 +769,15 @@ ROWS: list[Row] = [
     ("other weights", "10", "weights.root", lambda: boot(weights_root=OTHER)),
     ("no weights named in the policy", "10", "weights.root", lambda: policy(weights_roots=())),
     ("other numerics profile", "10", "numerics.profile", lambda: boot(profile="fast-v9")),
+    ("retired numerics profile", "10", "numerics.profile", lambda: boot(profile="exact-v0")),
+    (
+        "retired numerics profile that the policy lists",
+        "10",
+        "numerics.profile",
+        lambda: Scene(boot=lambda boot: replace(boot, profile="exact-v0")).appraise(
+            policy_for(good(), numerics=("exact-v0", CURRENT))
+        ),
+    ),
     ("configuration not on the list", "10", "config.digest", lambda: policy(any_config=False, configs=(OTHER,))),
     ("no configuration on the list", "10", "config.digest", lambda: policy(any_config=False)),
     # 11 channel

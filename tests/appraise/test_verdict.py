@@ -16,6 +16,7 @@ from countermark.errors import CountermarkError, PolicyError, UsageError
 from countermark.formats.evidence import parse_evidence
 from countermark.formats.quote import quote_digest
 from countermark.formats.report_data import GpuFreshness, gpu_nonce
+from countermark.numerics import CURRENT
 from countermark.policy import DAY_S, GpuFreshnessRule
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.platform.sim.machine import TdLaunch
@@ -41,7 +42,7 @@ def test_every_step_in_order_and_only_the_allow_list_skipped(verdict: Verdict) -
 
 
 def test_it_carries_the_authenticated_facts(scene: Scene, verdict: Verdict) -> None:
-    assert (verdict.weights_root, verdict.profile, verdict.kernel_digest) == (WEIGHTS, "exact-v0", KERNELS)
+    assert (verdict.weights_root, verdict.profile, verdict.kernel_digest) == (WEIGHTS, CURRENT, KERNELS)
     assert verdict.boot.config == CONFIG
     assert verdict.boot_id == scene.keys.boot_id
     assert verdict.log_origin == f"test/{scene.keys.boot_id.hex()}"

@@ -11,6 +11,7 @@ import pytest
 
 from countermark import replay as module
 from countermark.errors import CountermarkError, ReplayDiverged, Undecidable, WeightsError
+from countermark.numerics import CURRENT
 from countermark.replay import Equivalence, Mode, Runner, load_runner, replay
 from countermark.verify import Verification, verify_bundle
 from one_answer import (
@@ -32,7 +33,7 @@ class Memory:
 
     def __init__(self, tokens: tuple[int, ...] = OUTPUT_TOKENS, prints: tuple[bytes, ...] = FINGERPRINTS) -> None:
         self.tokens, self.prints = tokens, prints
-        self.profile = "exact-v0"
+        self.profile = CURRENT
         self.weights_root = WEIGHTS_ROOT
         self.environment: dict[str, str] = {"kernel_digest": "00", "cpu": "another"}
         self.given: list[object] = []
@@ -104,7 +105,7 @@ def settings() -> dict[str, object]:
 
 def test_a_runner_needs_no_import_of_ours() -> None:
     runner: Runner = Memory()
-    assert runner.profile == "exact-v0"
+    assert runner.profile == CURRENT
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -225,13 +226,14 @@ def test_other_weights_and_other_profiles_are_not_run(verified: Verification) ->
     assert runner.given == []
 
 
-def test_a_retired_profile_and_a_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Undecidable) as retired:
-        load_runner("exact-v-1", Path())
-    assert retired.value.code == "replay.profile_retired"
+def test_a_profile_that_nobody_executes_and_a_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, code in (("exact-v0", "profile.retired"), ("exact-v9", "profile.unknown"), ("", "profile.unknown")):
+        with pytest.raises(Undecidable) as refused:
+            load_runner(name, Path())
+        assert refused.value.code == code
     monkeypatch.setattr(module, "entry_points", lambda **_: ())
     with pytest.raises(Undecidable) as missing:
-        load_runner("exact-v0", Path())
+        load_runner(CURRENT, Path())
     assert missing.value.code == "replay.no_runner"
 
 

@@ -11,11 +11,13 @@ from driver import run, some_request
 from tinymodel import TinyArtefact
 
 from countermark.errors import FormatError
+from countermark.numerics import CURRENT
 from countermark.replay import Runner
 from countermark_appliance.engine import replay as replay_module
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.replay import ExactRunner
 from countermark_appliance.engine.request import DoneEvent, Prepared, Request
+from countermark_kernels import PROFILE
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +149,7 @@ def test_an_empty_answer_audits(runner: Runner) -> None:
 
 
 def test_environment_is_plain_text(runner: Runner) -> None:
-    assert runner.profile == "exact-v0"
+    assert runner.profile == PROFILE == CURRENT
     assert len(runner.weights_root) == 32
     assert {"kernel_digest", "engine", "torch", "cpu", "backend", "gpus"} <= runner.environment.keys()
     assert all(isinstance(v, str) for v in runner.environment.values())

@@ -16,6 +16,7 @@ from countermark_appliance.engine import loop as loop_module
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.request import DoneEvent, Event, Message, Request
+from countermark_kernels import PROFILE
 from countermark_kernels.ieee import NumericsError
 
 LONG = Request(prompt="the other", max_tokens=400, ignore_eos=True)
@@ -211,6 +212,6 @@ def test_info_comes_from_the_artefact(engine: Engine) -> None:
     assert info.weights_root == artefact.weights_root
     assert info.tokenizer_digest == artefact.tokenizer_digest
     assert info.template_digest == artefact.template_digest
-    assert (info.profile, info.model, info.context) == ("exact-v0", "tiny-llama", 512)
+    assert (info.profile, info.model, info.context) == (PROFILE, "tiny-llama", 512)
     assert len(info.kernel_digest) == 32
     assert info.cpu_model

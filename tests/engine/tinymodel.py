@@ -21,6 +21,7 @@ from countermark_appliance.engine.weights.config import (
     rotation_for,
     tensor_specs,
 )
+from countermark_kernels import PROFILE
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -53,7 +54,7 @@ class TinyArtefact:
     ) -> None:
         vocab = vocab or tokenizers.Tokenizer.from_str(tokenizer_json().decode()).get_vocab_size()
         self.config = ModelConfig(
-            profile="exact-v0",
+            profile=PROFILE,
             name=f"tiny-{architecture}",
             architecture=architecture,
             hidden=96,

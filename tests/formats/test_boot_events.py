@@ -27,7 +27,7 @@ BOOT = BootEvents(
     image_id=b"i" * 32,
     config=b"c" * 32,
     weights_root=b"w" * 32,
-    profile="exact-v0",
+    profile="exact-v1",
     kernel_digest=b"n" * 32,
     gpus=(
         GpuIdentity(device_key=b"1" * 32, mode=ON, devtools=False),

@@ -43,7 +43,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_profile_and_digest() -> None:
-    assert PROFILE == "exact-v0"
+    assert PROFILE == "exact-v1"
     assert len(kernel_digest()) == 32
     assert binding.source_digest() == builder().source_digest()
 

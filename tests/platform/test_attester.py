@@ -21,7 +21,7 @@ LOG = LogHead(origin="operator.example/boot", size=3, root=b"r" * 32)
 def started():
     platform, keys = booted(), Keyring()
     boot = boot_values(
-        platform, keys, config=b"c" * 32, weights_root=b"w" * 32, profile="exact-v0", kernel_digest=b"d" * 32
+        platform, keys, config=b"c" * 32, weights_root=b"w" * 32, profile="exact-v1", kernel_digest=b"d" * 32
     )
     extend_boot(platform, boot)
     extend_ready(platform, boot)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from countermark.errors import PolicyError
+from countermark.numerics import CURRENT
 from countermark.policy import (
     DAY_S,
     INTEL_SGX_ROOT,
@@ -53,7 +54,7 @@ def everything() -> Policy:
         gpu_mode="protected-pcie",
         gpu_freshness=GpuFreshnessRule.BOOT,
         weights_roots=(D32, b"\x44" * 32),
-        numerics=("exact-v1",),
+        numerics=("bf16-hopper-v1",),
         any_config=False,
         configs=(D32,),
     )
@@ -144,7 +145,7 @@ def test_every_scalar_is_required() -> None:
         ("policy.value", "[tdx.accept_advisory]", '[tdx.accept_advisory]\n"any *" = 2027-01-15T00:00:00Z'),
         ("policy.value", "[tdx.accept_status]", "[tdx.accept_status]\nOutOfDate = 9999-12-31T23:59:59-10:00"),
         ("policy.value", "[tdx.accept_status]", "[tdx.accept_status]\nOutOfDate = 0001-01-01T00:00:00+10:00"),
-        ("policy.value", '"exact-v0"', '"exact-\N{GRINNING FACE}"'),
+        ("policy.value", f'"{CURRENT}"', '"exact-\N{GRINNING FACE}"'),
         ("policy.validity", "max_validity_days = 30", "max_validity_days = 29"),
         ("policy.contradiction", "ppids = []", f'ppids = ["{"00" * 16}"]'),
         ("policy.contradiction", "digests = []", f'digests = ["{"00" * 32}"]'),

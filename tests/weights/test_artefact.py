@@ -22,6 +22,7 @@ from countermark_appliance.engine.weights.folder import FolderSource
 from countermark_appliance.engine.weights.pack import Packer, read_members
 from countermark_appliance.engine.weights.quantise import quantise_rows
 from countermark_appliance.engine.weights.ropetable import angles
+from countermark_kernels import PROFILE
 
 FILES = ("weights.img", "weights.verity", "weights.json")
 
@@ -311,7 +312,7 @@ def test_repacked_members_are_refused(change: Callable[[Members], object], good:
         (patch_member("model.json", lambda d: d.replace(b"llama", b"gemma")), "weights.unsupported_architecture"),
         (patch_member("model.json", lambda d: d.replace(b'"head_dim": 64', b'"head_dim": 65')),
          "weights.unsupported_head_dim"),
-        (patch_member("model.json", lambda d: d.replace(b"exact-v0", b"exact-v9")), "weights.unsupported_profile"),
+        (patch_member("model.json", lambda d: d.replace(PROFILE.encode(), b"exact-v9")), "weights.unsupported_profile"),
         (patch_member("model.json", lambda d: d.replace(b'"odd": 3', b'"odd": 5')), "weights.unsupported_rotation"),
         (patch_member("model.json", lambda d: d.replace(b'"bos_id": 1', b'"bos_id": x')), "weights.json"),
         (patch_member("tensors/embed.f32", floats(float("nan"))), "weights.values"),

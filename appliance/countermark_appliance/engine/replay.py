@@ -46,7 +46,7 @@ def load_runner(weights_dir: Path) -> ExactRunner:
 
 
 class ExactRunner:
-    """Executes profile `exact-v0` with one set of weights."""
+    """Executes profile `exact-v1` with one set of weights."""
 
     def __init__(self, artefact: Artefact) -> None:
         self._artefact = artefact

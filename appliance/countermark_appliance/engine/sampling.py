@@ -1,7 +1,7 @@
 """Sampling parameters: from what the client wrote to concrete, range-checked values that a record can state.
 
 Every default is resolved here and nowhere else. Real values become binary32 (what the sampler computes with), top-p and
-min-p become 20-bit integers (profile `exact-v0`), and an absent seed is drawn from the operating system and marked as
+min-p become 20-bit integers (profile `exact-v1`), and an absent seed is drawn from the operating system and marked as
 the server's. Not here: the sampler itself (`countermark_kernels.sampler`).
 """
 

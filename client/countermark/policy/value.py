@@ -14,6 +14,7 @@ from typing import Final
 
 from countermark.errors import PolicyError
 from countermark.formats.manifest import ImageKind, Manifest
+from countermark.numerics import CURRENT
 
 # SHA-256 of the DER certificates: Intel SGX Root CA, and NVIDIA Device Identity CA.
 INTEL_SGX_ROOT: Final = bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")
@@ -107,7 +108,7 @@ class Policy:
     gpu_mode: str = "cc-on"
     gpu_freshness: GpuFreshnessRule = GpuFreshnessRule.SESSION
     weights_roots: tuple[bytes, ...] = ()
-    numerics: tuple[str, ...] = ("exact-v0",)
+    numerics: tuple[str, ...] = (CURRENT,)
     any_config: bool = False
     configs: tuple[bytes, ...] = ()
 

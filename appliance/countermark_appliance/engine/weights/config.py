@@ -1,6 +1,6 @@
 """What an artefact describes: the model's shape, its rotation and the exact list of its tensors.
 
-A `ModelConfig` that exists is one the `exact-v0` profile can run: every limit is checked when it is made, whether the
+A `ModelConfig` that exists is one the `exact-v1` profile can run: every limit is checked when it is made, whether the
 values come from a checkpoint being built or from an untrusted `model.json` (see `modeljson`). The list of tensors is a
 function of the configuration alone, so a reader knows every name, type, shape and offset before it reads a tensor.
 
