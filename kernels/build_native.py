@@ -37,8 +37,8 @@ FLAGS = [
     "-Wno-psabi",
 ]
 X86_FLAGS = {
-    "avx2": ["-mavx2"],
-    "avx512vnni": ["-mavx2", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512vnni": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
 }
 
 

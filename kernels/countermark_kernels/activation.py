@@ -2,7 +2,7 @@
 
     a = div(g, 1 + exp(-g)) * u       g, u: the two halves of the gate-up projection's output
     a = H_B a                         hadamard.py, blocks of B, unnormalised (1/sqrt(B) is in the weights)
-    q, s = quantise(a)
+    q, s = quantise(bf16(a))
 
 exp is ieee.exp (clamped to -87..87, a fixed polynomial). Integer: the maximum. Binary32: the rest, one rounding per
 operation. A row depends on itself alone.
@@ -25,7 +25,7 @@ def silu(x: Tensor) -> Tensor:
 def reference(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """gate_up: [T, 2I] f32 -> (q: [T, I] int8, s: [T] f32)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return quantise.reference(hadamard.reference(silu(gate) * up, block))
+    return quantise.reference(ieee.round_bf16(hadamard.reference(silu(gate) * up, block)))
 
 
 def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:

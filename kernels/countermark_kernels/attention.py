@@ -3,23 +3,30 @@
 For one query row at position p, over the tokens t <= p of its sequence (c = binary32(log2(e) / (d * sqrt(d))): the
 1/sqrt(d) of attention and the 1/d of the two unnormalised Hadamard transforms):
 
+    cq = s_q * c, 0 where that is under 2^-100
     S = q . k_t                              int32
-    s = (float(S) * (s_q * c)) * s_k
-    pass 1   m = max s;  m' = max (s + lambda),  lambda = the least integer with 2^lambda >= s_v (-127 for s_v = 0)
-    pass 2   E = exp2(max(s - m, -126))
-             D = sum rint(E * 65536)         int64
-             g = div(16256, exp2(clamp(m' - m, -64, 126)))
-             n = min(rint((E * s_v) * g), 16256)
-             N = sum n * v_t                 int64 (16256 = 127 * 128: two int8 planes, or int16)
-             o = div(float(N) * 65536, float(D) * g)
+    a = float(S) * s_k
+    lambda = the least integer with 2^lambda >= s_v, at least -40
+    pass 1   M = ceil(max a * cq);  M' = ceil(max fma(a, cq, lambda));  g = 32512 * 2^(M - M')
+    pass 2   B = 12582912 - M;  a' = max(a, div(M - 96, max(cq, 2^-100)))
+             t = fma(a', cq, B), whose last bits are the integer k = rint(a' cq) - M;  f = fma(a', cq, B - t)
+             E = 2^(k + f)                   ieee.exp2_short
+             D = sum rint(E * 2^22)          int64
+             n = rint((E * s_v) * g)         at most 32639 = 127 * 256 + 127: two int8 planes, or int16
+             N = sum n * v_t                 int64
+             o = div(float(N) * 2^22, float(D) * g)
 
-Integer: S, D, N, n. Binary32: the rest, one rounding per operation. A maximum of binary32 values and sums of integers
-are free of order, so no bit depends on how tokens are split into blocks, chunks, steps or threads, nor on which other
-rows are computed beside this one: a prompt processed at once, in chunks, or token by token gives the same bits.
-Online rescaling of a running maximum is forbidden: it rounds differently per split.
+M' keeps p's fifteen bits for the tokens that carry values: the heaviest token of a row is often one whose value is
+next to nothing (an attention sink). A score 96 powers of two below the largest counts as that far.
 
-The clamp of m' - m keeps D * g under 2^112. At most 133,144 tokens, so that int32 partial sums cannot overflow where
-a back end keeps them.
+Integer: S, M, M', D, n, N. Binary32: the rest, one rounding per operation, fma being one. A maximum of binary32 values
+and sums of integers are free of order, so no bit depends on how tokens are split into blocks, chunks, steps or
+threads, nor on which other rows are computed beside this one: a prompt processed at once, in chunks, or token by token
+gives the same bits. Online rescaling of a running maximum is forbidden: it rounds differently per split.
+
+Bounds: |S| < 2^21, so its conversion is exact. Scales are under 2^24 (rope.py), |max a * cq| < 2^14 or the row is an
+error: so E <= 1.0005, lambda in -40..24, M' - M in -42..25, nothing overflows, and n <= 32545. At most 131,072 tokens
+keep the sums of both int8 planes within int32.
 """
 
 from __future__ import annotations
@@ -37,9 +44,13 @@ from countermark_kernels.binding import CSpan, check, native
 from countermark_kernels.linear import chunked_product, split
 from countermark_kernels.rope import HEAD_SIZES, Heads
 
-CONTEXT_MAX = 133_144
+CONTEXT_MAX = 131_072
 TOKEN_BLOCK = 16
-P_MAX = 16256
+P_MAX = 32512
+LAMBDA_MIN = -40
+SCORE_LIMIT = 2.0**14
+FLOOR = 96.0
+ROUND = 12582912.0
 _QUERY_BLOCK = 128
 
 
@@ -142,18 +153,25 @@ def reference(q: Tensor, s_q: Tensor, positions: Tensor, *, k: Tensor, s_k: Tens
     visible = tokens.unsqueeze(0) <= positions.unsqueeze(1)
     hidden = ~visible
     total = chunked_product(q, split(k))
-    s = (ieee.to_f32(total) * (s_q * SCORE_CONSTANTS[q.shape[1]]).unsqueeze(-1)) * s_k
-    s = s.masked_fill(hidden, 0.0)
-    ieee.amax(s)
-    m = s.masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True)
-    m2 = (s + ieee.ceil_exponent(s_v).to(torch.float32)).masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True)
-    e = ieee.exp2(torch.clamp(s - m, min=-126.0)).masked_fill(hidden, 0.0)
-    d = ieee.rint(e * 65536.0).to(torch.int64).sum(dim=-1, keepdim=True, dtype=torch.int64)
-    g = ieee.div(ieee.constant(float(P_MAX), s), ieee.exp2(torch.clamp(m2 - m, -64.0, 126.0)))
-    n = torch.clamp(ieee.rint((e * s_v) * g), max=float(P_MAX)).to(torch.int32)
+    a = ieee.to_f32(total) * s_k
+    cq = s_q * SCORE_CONSTANTS[q.shape[1]]
+    cq = torch.where(cq < ieee.TINY, 0.0, cq).unsqueeze(-1)
+    largest = a.masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True) * cq
+    if not bool((largest.abs() < SCORE_LIMIT).all()):
+        raise ieee.NumericsError("score: expected magnitudes under 2^14, got more", code="numerics.range")
+    raised = ieee.fma(a, cq.expand_as(a), torch.clamp(ieee.ceil_exponent(s_v), min=LAMBDA_MIN).to(torch.float32))
+    m, m2 = ieee.ceil(largest), ieee.ceil(raised.masked_fill(hidden, -math.inf).amax(dim=-1, keepdim=True))
+    g = ieee.pow2((m - m2).to(torch.int32)) * float(P_MAX)
+    a = torch.maximum(a, ieee.div(m - FLOOR, torch.clamp(cq, min=ieee.TINY)))
+    bias = ROUND - m
+    whole = ieee.fma(a, cq, bias)
+    e = ieee.exp2_short(whole - ROUND, ieee.fma(a, cq, bias - whole)).masked_fill(hidden, 0.0)
+    d = ieee.rint(e * 2.0**22).to(torch.int64).sum(dim=-1, keepdim=True, dtype=torch.int64)
+    n = ieee.rint((e * s_v) * g).to(torch.int32)
+    low = ((n + 128) & 255) - 128
     planes = split(v.T)
-    high, low = ((chunked_product(part.to(torch.int8), planes)).to(torch.int64) for part in (n >> 7, n & 127))
-    return ieee.div(ieee.to_f32(high * 128 + low) * 65536.0, ieee.to_f32(d) * g)
+    high, low = ((chunked_product(part.to(torch.int8), planes)).to(torch.int64) for part in ((n - low) >> 8, low))
+    return ieee.div(ieee.to_f32(high * 256 + low) * 2.0**22, ieee.to_f32(d) * g)
 
 
 def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tensor:
@@ -161,7 +179,7 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
 
     `spans` cover rows 0..T in order, without gaps. Each row attends to every token of its sequence up to its own,
     whose keys and values (its own included) are in the cache: append first. Query head h reads kv head
-    h // (heads / kv_heads). Raises NumericsError `numerics.not_finite` where a score overflows.
+    h // (heads / kv_heads). Raises NumericsError `numerics.range` for a score of 2^14 or more.
     """
     check("q", q, torch.int8, (None, None, None))
     rows, heads, head_dim = q.shape

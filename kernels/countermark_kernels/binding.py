@@ -103,7 +103,7 @@ _SIGNATURES = {
     "cm_use_isa": (ctypes.c_char_p,),
     "cm_set_thread_count": (ctypes.c_int,),
     "cm_thread_count": (),
-    "cm_self_test": (ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t),
+    "cm_self_test": (ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_size_t),
 }
 
 
@@ -146,8 +146,8 @@ class Native:
     def self_test(self, isa: str) -> str | None:
         """Known answers of `isa` on every thread of the pool. None, or what failed."""
         message = ctypes.create_string_buffer(64)
-        digest = ieee.EXP2_DIGEST & (1 << 64) - 1
-        failed: int = self._functions["cm_self_test"](isa.encode(), digest, message, len(message))
+        digests = (ieee.EXP2_DIGEST & (1 << 64) - 1, ieee.EXP2_SHORT_DIGEST & (1 << 64) - 1)
+        failed: int = self._functions["cm_self_test"](isa.encode(), *digests, message, len(message))
         return message.value.decode() if failed else None
 
     @property

@@ -1,6 +1,6 @@
 """Binary32 arithmetic with one rounding per written operation: the only module that divides, roots or rounds.
 
-Specification: NUMERICS.md section 1 (profile exact-v0). Everything here is element-wise, so no bit of a result depends
+Specification: NUMERICS.md section 1 (profile exact-v1). Everything here is element-wise, so no bit of a result depends
 on the shape, the position or the neighbours of an element.
 
 Why not torch directly (measured on x86 with torch 2.13): `torch.sqrt` on binary32 is not correctly rounded (27,073 of
@@ -38,6 +38,9 @@ EXP2_COEFFICIENTS = tuple(
 """2^f on [-1/2, 1/2], degree 6 first: Remez minimax of the relative error with constant term 1, rounded to binary32.
 
 Largest error of the whole evaluation: 1.28 ulp. 2^0 is exactly 1, and f >= 0 gives a result >= 1."""
+
+EXP2_SHORT_COEFFICIENTS = tuple(float.fromhex(c) for c in ("0x1.c2a218p-5", "0x1.f00c4ep-3", "0x1.62f5fap-1"))
+"""The same of degree 3 (the constant term 1 is left out), for attention: largest relative error 1.02e-4, 2^0 is 1."""
 
 EXP2_LIMIT = 126.0
 EXP_LIMIT = 87.0
@@ -118,6 +121,44 @@ def exp2(x: Tensor) -> Tensor:
     return (p.view(torch.int32) + (k.to(torch.int32) << 23)).view(torch.float32)
 
 
+def exp2_short(k: Tensor, f: Tensor) -> Tensor:
+    """2^(k + f) for an integer-valued k in -97..126 and |f| of about 1/2 at most: Horner by `fma`, degree 3."""
+    p = fma(torch.full_like(f, EXP2_SHORT_COEFFICIENTS[0]), f, torch.full_like(f, EXP2_SHORT_COEFFICIENTS[1]))
+    p = fma(p, f, torch.full_like(f, EXP2_SHORT_COEFFICIENTS[2]))
+    p = fma(p, f, torch.ones_like(f))
+    return (p.view(torch.int32) + (k.to(torch.int32) << 23)).view(torch.float32)
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c rounded once (IEEE 754-2008 fusedMultiplyAdd), for finite binary32 values.
+
+    In binary64 the product is exact and the sum's error is a number (Knuth's two-sum); a sum that is not exact gets an
+    odd last bit, from which rounding to binary32 is right (Boldo and Melquiond 2008: 53 >= 24 + 2 bits).
+    """
+    product, addend = a.to(torch.float64) * b.to(torch.float64), c.to(torch.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    bits = total.view(torch.int64)
+    towards = torch.where((error > 0) == (total > 0), 1, -1)
+    odd = torch.where((error != 0) & ((bits & 1) == 0), bits + towards, bits)
+    return odd.view(torch.float64).to(torch.float32)
+
+
+def ceil(x: Tensor) -> Tensor:
+    """The least integer >= x, as binary32."""
+    return torch.ceil(x)
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """x rounded to bfloat16 (8 bits of significand), half to even, as binary32.
+
+    In integers: half of the last kept place, less one where that place is even, is added and the low bits dropped.
+    """
+    bits = x.view(torch.int32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000).view(torch.float32)
+
+
 def exp(x: Tensor) -> Tensor:
     """e^x as exp2(x * LOG2E) for x clamped to [-87, 87]."""
     return exp2(torch.clamp(x, -EXP_LIMIT, EXP_LIMIT) * LOG2E)
@@ -154,6 +195,7 @@ def self_test() -> tuple[str, ...]:
         "subnormals": _subnormals,
         "integer to binary32": _conversion,
         "product and sum stay apart": _contraction,
+        "fused product and sum": _fusion,
         "exp2": _exp2,
         "matmul precision": _matmul_precision,
     }
@@ -231,14 +273,35 @@ def _contraction() -> bool:
     return not bool(difference[finite].any())
 
 
+def _fusion() -> bool:
+    """What rounding took from a product comes back whole, and a tie is broken by what lies far below it."""
+    a, b = _patterns(6), _patterns(7)
+    exact = a.to(torch.float64) * b.to(torch.float64)
+    product = exact.to(torch.float32)
+    rest = (exact - product.to(torch.float64)).to(torch.float32)
+    usable = torch.isfinite(product) & (product >= 2.0**-60)
+    whole = torch.equal(fma(a, b, -product)[usable], rest[usable])
+    one = torch.full_like(a, 1.0 + 2.0**-12)
+    tiny = torch.full_like(a, 2.0**-80)
+    up = fma(one, one, tiny) == 1.0 + 2.0**-11 + 2.0**-23
+    down = fma(one, one, -tiny) == 1.0 + 2.0**-11
+    return whole and bool(up.all()) and bool(down.all())
+
+
 def _exp2() -> bool:
     x = torch.arange(-_MANY, _MANY, dtype=torch.int32).to(torch.float32) * 2.0**-11
-    y = exp2(x).view(torch.int32).to(torch.int64)
-    weights = torch.arange(y.numel(), dtype=torch.int64) * 2 + 1
-    return int((y * weights).sum(dtype=torch.int64)) == EXP2_DIGEST
+    narrow = torch.clamp(x, -96.0, 96.0)
+    k = rint(narrow)
+    weights = torch.arange(x.numel(), dtype=torch.int64) * 2 + 1
+    long, short = (
+        int((y.view(torch.int32).to(torch.int64) * weights).sum(dtype=torch.int64))
+        for y in (exp2(x), exp2_short(k, narrow - k))
+    )
+    return (long, short) == (EXP2_DIGEST, EXP2_SHORT_DIGEST)
 
 
 EXP2_DIGEST = 3676592844379889996
+EXP2_SHORT_DIGEST = -4711113216200092736
 
 
 def _matmul_precision() -> bool:

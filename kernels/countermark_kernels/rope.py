@@ -6,7 +6,7 @@ For each head of q and k (d elements; the projection's bias is already added):
     y1 = x1 * cos - x2 * sin                x1, x2 the two halves of the head (rotate-half), cos and sin of the
     y2 = x2 * cos + x1 * sin                position's row in the artefact's tables
     y  = H_d y                              hadamard.py, unnormalised
-    q8, s = quantise(y)
+    q8, s = quantise(y)                     |y| < 2^30, else an error: attention.py needs bounded scales
 
 v is quantised as it is: its Hadamard transform is in the weights. Integer: the maxima and QK-norm's sum of squares.
 Binary32: the rest, one rounding per operation. A head depends on its own row and position alone.
@@ -24,6 +24,7 @@ from countermark_kernels import hadamard, ieee, norm, quantise
 from countermark_kernels.binding import CRope, check, gpu, native, pointer
 
 HEAD_SIZES = (64, 128)
+HEAD_LIMIT = 2.0**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,10 +59,16 @@ def reference(
     )
     rows = positions.to(torch.int64)
     table = (cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
-    q8, s_q = quantise.reference(hadamard.reference(_rotate(_qk_norm(q, q_gain, eps), *table), head_dim))
-    k8, s_k = quantise.reference(hadamard.reference(_rotate(_qk_norm(k, k_gain, eps), *table), head_dim))
-    v8, s_v = quantise.reference(v)
+    q8, s_q = _quantise(hadamard.reference(_rotate(_qk_norm(q, q_gain, eps), *table), head_dim))
+    k8, s_k = _quantise(hadamard.reference(_rotate(_qk_norm(k, k_gain, eps), *table), head_dim))
+    v8, s_v = _quantise(v)
     return Heads(q=q8, s_q=s_q, k=k8, s_k=s_k, v=v8, s_v=s_v)
+
+
+def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    if bool((ieee.amax(x) >= HEAD_LIMIT).any()):
+        raise ieee.NumericsError("head: expected magnitudes under 2^30, got more", code="numerics.range")
+    return quantise.reference(x)
 
 
 def _qk_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:

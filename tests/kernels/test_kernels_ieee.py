@@ -54,6 +54,34 @@ def test_exp2_is_close_and_exact_at_integers() -> None:
     assert ieee.exp2(torch.tensor([-1000.0, 1000.0])).tolist() == [2.0**-126, 2.0**126]
 
 
+def test_fma_rounds_once() -> None:
+    """Against rationals; the third operand cancels the product, is a tie's far end, or is anything."""
+    a, b, other = ieee._patterns(13)[:3000], ieee._patterns(14)[:3000], ieee._patterns(15)[:3000]
+    b = torch.where(torch.isfinite(a * b), b, torch.ones_like(b))
+    product = a * b
+    for c in (-product, product * 2.0**-24, -product * 2.0**-25, product * 1.5 * 2.0**-24, other, -other):
+        y = ieee.fma(a, b, c)
+        for x in zip(a.tolist(), b.tolist(), c.tolist(), y.tolist(), strict=True):
+            exact = Fraction(x[0]) * Fraction(x[1]) + Fraction(x[2])
+            if exact == 0 or not 2.0**-125 < abs(exact) < 2.0**127:
+                continue
+            assert x[3] == math.copysign(nearest(abs(exact)), exact)
+
+
+def test_exp2_short_is_close_and_one_at_zero() -> None:
+    x = torch.linspace(-96, 20, 100_000)
+    k = ieee.rint(x)
+    exact = torch.exp2(x.to(torch.float64))
+    assert bool(((ieee.exp2_short(k, x - k).to(torch.float64) / exact - 1).abs() < 1.03e-4).all())
+    assert ieee.exp2_short(torch.zeros(1), torch.zeros(1)).item() == 1.0
+
+
+@pytest.mark.parametrize("width", [1, 4096])
+def test_round_bf16_is_torch_bfloat16(width: int) -> None:
+    x = torch.cat((ieee._patterns(16)[:width], -ieee._patterns(17)[:width], torch.tensor([0.0, -0.0, 2.0**-140])))
+    assert torch.equal(ieee.round_bf16(x), x.to(torch.bfloat16).to(torch.float32))
+
+
 def test_exponents_and_powers() -> None:
     x = torch.tensor([1.0, 1.5, 2.0, 0.75, 2.0**-107, 3.0 * 2.0**100])
     assert ieee.exponent(x).tolist() == [0, 0, 1, -1, -107, 101]

@@ -128,7 +128,7 @@ def _float_sum_rms(x: Tensor, amax: Tensor, eps: float) -> Tensor:
 def _online_attention(
     q: Tensor, s_q: Tensor, positions: Tensor, *, k: Tensor, s_k: Tensor, v: Tensor, s_v: Tensor
 ) -> Tensor:
-    """Attention with a running maximum and rescaling, in blocks that follow the number of rows."""
+    """Attention with a running maximum, rescaling and bfloat16 weights, in blocks that follow the number of rows."""
     c = attention.SCORE_CONSTANTS[q.shape[1]]
     m = torch.full((q.shape[0], 1), -1e30)
     total, out = torch.zeros(q.shape[0], 1), torch.zeros(q.shape)
@@ -141,7 +141,7 @@ def _online_attention(
         top = torch.maximum(m, score.amax(dim=1, keepdim=True))
         weight, keep = ieee.exp2(score - top).masked_fill(hidden, 0.0), ieee.exp2(m - top)
         total = total * keep + weight.sum(dim=1, keepdim=True)
-        out = out * keep + weight @ (v[t].float() * s_v[t].unsqueeze(1))
+        out = out * keep + ieee.round_bf16(weight) @ (v[t].float() * s_v[t].unsqueeze(1))
         m = top
     return out / total
 

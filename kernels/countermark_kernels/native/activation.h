@@ -36,6 +36,12 @@ static void swiglu_item(void *arg, int64_t item) {
             else
                 hadamard_small(y + i, block);
         }
+        for (int64_t i = 0; i < width; i += LANES) {
+            if (i + LANES <= width)
+                f8_store(y + i, round_bf16_8(f8_load(y + i)));
+            else
+                f8_store_part(y + i, round_bf16_8(f8_load_part(y + i, width - i)), width - i);
+        }
         int status = quantise_row(y, width, job->q + r * width, job->s + r);
         if (status)
             atomic_store(&job->status, status);

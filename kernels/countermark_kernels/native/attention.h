@@ -2,8 +2,12 @@
 
 #define TILE_ROWS 24
 #define GROUP_MAX 256 /* query heads of one kv head */
-#define PV_TOKENS 1024 /* |n * v| <= 16256 * 127, so 1024 of them stay under 2^31 */
-#define P_MAX 16256.0f
+#define PV_TOKENS 512 /* |n * v| <= 32639 * 127, so 512 of them stay under 2^31 */
+#define P_MAX 32512.0f
+#define SCORE_MAX 0x1p14f
+#define LAMBDA_MIN (-40)
+#define FLOOR 96 /* a score this far below the largest, in powers of two, counts as that far */
+#define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
 
 /* acc[r][0..PV_COLUMNS] = sum over `pairs` token pairs of n[r][2 pairs] * v[pairs][d][2]; up to PV_ROWS rows. */
 #if defined(__AVX512VNNI__)
@@ -86,53 +90,57 @@ static NOINLINE void pv_product(const int16_t *n, int64_t ldn, int64_t rows, con
 }
 
 struct row_maxima {
-    float m, m2;
-    int32_t magnitude;
+    float a, raised;
 };
 
-/* Pass 1 over one row: S (int32) becomes s (binary32) in place. `lambda`: per token, as binary32. */
+/* Pass 1 over one row: S (int32) becomes a (binary32) in place. `lambda`: per token, as binary32. */
 static NOINLINE struct row_maxima score_pass(int32_t *row, int64_t tokens, float c, const float *s_k,
-                                           const float *lambda) {
+                                             const float *lambda) {
     const f8 factor = f8_set(c), lowest = f8_set(-FLT_MAX);
-    const i8x mask = i8_set(MAGNITUDE_BITS);
-    f8 m = lowest, m2 = lowest;
-    i8x magnitude = i8_set(0);
+    f8 most = lowest, most_raised = lowest;
     for (int64_t t = 0; t < tokens; t += LANES) { /* rows and caches extend to a multiple of 16 */
-        f8 s = (f8_convert(i8_load(row + t)) * factor) * f8_load(s_k + t);
-        f8 raised = s + f8_load(lambda + t);
+        f8 a = f8_convert(i8_load(row + t)) * f8_load(s_k + t);
+        f8 raised = f8_fma(a, factor, f8_load(lambda + t));
         if (t + LANES > tokens) {
             i8x visible = i8_before(t, tokens);
-            s = f8_select(visible, s, f8_set(0.0f));
-            m = f8_max(m, f8_select(visible, s, lowest));
-            m2 = f8_max(m2, f8_select(visible, raised, lowest));
-        } else {
-            m = f8_max(m, s);
-            m2 = f8_max(m2, raised);
+            a = f8_select(visible, a, lowest);
+            raised = f8_select(visible, raised, lowest);
         }
-        magnitude = i8_max(magnitude, f8_bits(s) & mask);
-        f8_store((float *)row + t, s);
+        most = f8_max(most, a);
+        most_raised = f8_max(most_raised, raised);
+        f8_store((float *)row + t, a);
     }
-    return (struct row_maxima){f8_max_across(m), f8_max_across(m2), i8_max_across(magnitude)};
+    return (struct row_maxima){f8_max_across(most), f8_max_across(most_raised)};
 }
 
-/* Pass 2 over one row: the weights n, zero from `tokens` to `padded`, and D. */
-static NOINLINE int64_t weight_pass(const float *s, int64_t tokens, int64_t padded, float m, float g, const float *s_v,
-                                  int16_t *n) {
-    const f8 top = f8_set(m), gain = f8_set(g), limit = f8_set(P_MAX);
-    i8x sum = i8_set(0); /* a lane adds at most 133144 / 8 terms of 65536 */
+/* Pass 2 over one row: the weights n, zero from `tokens` to `padded`, and D. `top`: M; `c`: cq. */
+static NOINLINE int64_t weight_pass(const float *a, int64_t tokens, int64_t padded, float c, int32_t top, float g,
+                                    const float *s_v, int16_t *n) {
+    const f8 factor = f8_set(c), gain = f8_set(g), bias = f8_set(ROUND - (float)top);
+    const f8 lowest = f8_set(div1((float)(top - FLOOR), c > TINY ? c : TINY));
+    const i8x zero = f8_bits(f8_set(ROUND));
+    int64_t total = 0;
+    i8x sum = i8_set(0);
     for (int64_t t = 0; t < tokens; t += LANES) {
-        f8 e = exp2_8(f8_max(f8_load(s + t) - top, f8_set(-126.0f)));
-        if (t + LANES > tokens)
-            e = f8_select(i8_before(t, tokens), e, f8_set(0.0f));
-        sum += f8_to_int(f8_rint(e * f8_set(65536.0f)));
-        f8 weight = f8_min(f8_rint((e * f8_load(s_v + t)) * gain), limit);
-        if (t + LANES > tokens) /* the cache's rows past the last token hold anything */
-            weight = f8_select(i8_before(t, tokens), weight, f8_set(0.0f));
-        i8_store16(n + t, f8_to_int(weight));
+        const f8 x = f8_max(f8_load(a + t), lowest), whole = f8_fma(x, factor, bias);
+        const f8 f = f8_fma(x, factor, bias - whole);
+        f8 e = exp2_short8(f8_bits(whole) - zero, f);
+        f8 v = f8_load(s_v + t);
+        if (t + LANES > tokens) { /* the cache's rows past the last token hold anything */
+            i8x visible = i8_before(t, tokens);
+            e = f8_select(visible, e, f8_set(0.0f));
+            v = f8_select(visible, v, f8_set(0.0f));
+        }
+        sum += f8_to_int(f8_rint(e * f8_set(0x1p22f)));
+        if ((t & (PV_TOKENS - 1)) == PV_TOKENS - LANES) { /* a lane adds at most 64 terms of 2^22 */
+            total += i8_sum_across(sum);
+            sum = i8_set(0);
+        }
+        i8_store16(n + t, f8_to_int(f8_rint((e * v) * gain)));
     }
     for (int64_t t = (tokens + LANES - 1) / LANES * LANES; t < padded; t += LANES)
         memset(n + t, 0, LANES * sizeof *n);
-    return i8_sum_across(sum);
+    return total + i8_sum_across(sum);
 }
 
 struct attend_item {
@@ -181,20 +189,22 @@ static void attend_tile(void *arg, int64_t index) {
     for (int64_t t = 0; t < padded; t += PANEL)
         gemm_panel(a, rows, k + t * d, d / 4, NULL, scores + t, padded);
     for (int64_t t = 0; t < padded; t += LANES)
-        f8_store(lambda + t, f8_convert(ceil_exponent8(f8_load(s_v + t))));
+        f8_store(lambda + t, f8_convert(i8_max(ceil_exponent8(f8_load(s_v + t)), i8_set(LAMBDA_MIN))));
 
     for (int64_t r = 0; r < rows; r++) {
         const int64_t tokens = position + r / group + 1;
         const int64_t head = (item->first + r / group) * job->heads + item->kv_head * group + r % group;
-        struct row_maxima top = score_pass(scores + r * padded, tokens, job->s_q[head] * job->constant, s_k, lambda);
-        if (top.magnitude >= INFINITY_BITS) {
-            atomic_store(&job->status, CM_NOT_FINITE);
+        const float scale = job->s_q[head] * job->constant, c = scale < TINY ? 0.0f : scale;
+        const struct row_maxima most = score_pass(scores + r * padded, tokens, c, s_k, lambda);
+        const float largest = most.a * c;
+        if (!(fabsf(largest) < SCORE_MAX)) {
+            atomic_store(&job->status, CM_RANGE);
             return;
         }
-        float spread = top.m2 - top.m;
-        float g = div1(P_MAX, exp2_1(spread < -64.0f ? -64.0f : spread > 126.0f ? 126.0f : spread));
-        int64_t total = weight_pass((const float *)(scores + r * padded), tokens, padded, top.m, g, s_v, n + r * padded);
-        divisor[r] = f32_of(total) * g;
+        const int32_t top = ceil_of(largest);
+        const float g = P_MAX * pow2(top - ceil_of(most.raised));
+        const float *row = (const float *)(scores + r * padded);
+        divisor[r] = f32_of(weight_pass(row, tokens, padded, c, top, g, s_v, n + r * padded)) * g;
     }
 
     for (int64_t t = 0; t < padded; t += PV_TOKENS) {
@@ -207,7 +217,7 @@ static void attend_tile(void *arg, int64_t index) {
         const int64_t head = (item->first + r / group) * job->heads + item->kv_head * group + r % group;
         float *out = job->out + head * d;
         for (int64_t i = 0; i < d; i++)
-            out[i] = f32_of(high[r * d + i]) * 65536.0f;
+            out[i] = f32_of(high[r * d + i]) * 0x1p22f;
         for (int64_t i = 0; i < d; i += LANES)
             f8_store(out + i, div8(f8_load(out + i), f8_set(divisor[r])));
     }

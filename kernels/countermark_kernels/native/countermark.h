@@ -1,7 +1,7 @@
 /* The C interface of the exact kernels. Called through ctypes by binding.py, which checks every shape first.
  *
  * Every function returns a cm_status. Sizes are elements; rows are contiguous. The arithmetic is that of
- * kernels/NUMERICS.md (profile exact-v0); each .c file names its section. Nothing here reads the environment. */
+ * kernels/NUMERICS.md (profile exact-v1); each .c file names its section. Nothing here reads the environment. */
 #ifndef COUNTERMARK_H
 #define COUNTERMARK_H
 

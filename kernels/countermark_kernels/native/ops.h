@@ -23,7 +23,7 @@ struct cm_ops {
     int (*sample)(const float *logits, int64_t rows, int64_t vocab, const struct cm_sampling *params, int64_t *ids);
     int (*fingerprint)(const float *logits, int64_t rows, int64_t stride, int64_t vocab, const uint64_t *factors,
                        uint64_t *lanes);
-    uint64_t (*exp2_digest)(void);
+    uint64_t (*exp2_digest)(bool short_form);
     bool (*arithmetic)(void);
 };
 

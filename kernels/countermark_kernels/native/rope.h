@@ -11,6 +11,14 @@ struct rope_job {
     _Atomic int status;
 };
 
+/* quantise_row, and CM_RANGE for a head at or above 2^30: scales stay under 2^24, and scores finite. */
+static inline int quantise_head(const float *x, int64_t d, int8_t *q, float *s) {
+    float amax = row_amax(x, d);
+    if (amax >= 0x1p30f && bits_of(amax) < INFINITY_BITS)
+        return CM_RANGE;
+    return quantise_row(x, d, q, s);
+}
+
 /* One head of q or k: QK-norm with `gain`, rotation, Hadamard, quantisation. */
 static inline int rope_head(const float *x, const float *gain, const struct cm_rope *r, int64_t position, int8_t *q,
                             float *s) {
@@ -38,7 +46,7 @@ static inline int rope_head(const float *x, const float *gain, const struct cm_r
         f8_store(y + half + i, x2 * c + x1 * n);
     }
     hadamard(y, d);
-    return quantise_row(y, d, q, s);
+    return quantise_head(y, d, q, s);
 }
 
 static void rope_item(void *arg, int64_t item) {
@@ -57,7 +65,7 @@ static void rope_item(void *arg, int64_t item) {
             status = rope_head(x + h * d, r->k_gain, r, position, job->k + (row * nkv + h) * d, job->s_k + row * nkv + h);
         x += nkv * d;
         for (int64_t h = 0; h < nkv && !status; h++)
-            status = quantise_row(x + h * d, d, job->v + (row * nkv + h) * d, job->s_v + row * nkv + h);
+            status = quantise_head(x + h * d, d, job->v + (row * nkv + h) * d, job->s_v + row * nkv + h);
         if (status)
             atomic_store(&job->status, status);
     }

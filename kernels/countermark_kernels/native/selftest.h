@@ -1,13 +1,15 @@
 /* What the compiler and the processor must get right, for this instruction set: see ieee.py for the same in torch. */
 
-/* The weighted sum over bits(exp2(i / 2048)), i in -2^18..2^18, modulo 2^64: ieee.EXP2_DIGEST. */
-static uint64_t exp2_digest(void) {
+/* The weighted sum over bits(exp2(i / 2048)), i in -2^18..2^18, modulo 2^64: ieee.EXP2_DIGEST;
+ * or of exp2_short, within -96..96: ieee.EXP2_SHORT_DIGEST. */
+static uint64_t exp2_digest(bool short_form) {
     uint64_t sum = 0;
     for (int64_t i = 0; i < 1 << 19; i += LANES) {
         float x[LANES];
         for (int64_t j = 0; j < LANES; j++)
             x[j] = (float)(i + j - (1 << 18)) * 0x1p-11f;
-        f8 y = exp2_8(f8_load(x));
+        f8 narrow = f8_max(f8_min(f8_load(x), f8_set(96.0f)), f8_set(-96.0f)), k = f8_rint(narrow);
+        f8 y = short_form ? exp2_short8(f8_to_int(k), narrow - k) : exp2_8(f8_load(x));
         for (int64_t j = 0; j < LANES; j++)
             sum += (uint64_t)bits_of(y[j]) * (uint64_t)(2 * (i + j) + 1);
     }
@@ -30,6 +32,12 @@ static bool arithmetic(void) {
         if (div1(a, b) != quotient || div8(va, vb)[3] != quotient)
             return false;
         if (product < FLT_MAX && (va * vb - f8_set(product))[5] != 0.0f)
+            return false;
+        const float rest = (float)((double)a * (double)b - (double)product);
+        if (product < FLT_MAX && product > 0x1p-60f && f8_fma(va, vb, f8_set(-product))[i % LANES] != rest)
+            return false;
+        volatile float odd = 1.0f + 0x1p-12f, below = i & 1 ? 0x1p-80f : -0x1p-80f;
+        if (f8_fma(f8_set(odd), f8_set(odd), f8_set(below))[i % LANES] != 1.0f + 0x1p-11f + (i & 1 ? 0x1p-23f : 0.0f))
             return false;
         const float root = sqrt1(a);
         const double low = ((double)root + (double)from_bits(bits_of(root) - 1)) * 0.5;

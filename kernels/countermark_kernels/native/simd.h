@@ -76,6 +76,26 @@ static inline f8 f8_min(f8 a, f8 b) {
     return f8_select(a < b, a, b);
 #endif
 }
+/* a * b + c, rounded once. Without the instruction: the sum in binary64 with an odd last bit where it is not exact. */
+static inline f8 f8_fma(f8 a, f8 b, f8 c) {
+#if defined(__FMA__)
+    return (f8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    f8 y;
+    for (int i = 0; i < LANES; i++) {
+        const double product = (double)a[i] * b[i], total = product + c[i], part = total - product;
+        const double error = (product - (total - part)) + (c[i] - part);
+        int64_t bits;
+        memcpy(&bits, &total, sizeof bits);
+        if (error != 0.0 && !(bits & 1))
+            bits += (error > 0.0) == (total > 0.0) ? 1 : -1;
+        double odd;
+        memcpy(&odd, &bits, sizeof odd);
+        y[i] = (float)odd;
+    }
+    return y;
+#endif
+}
 /* Nearest integer, half to even. Without AVX2: adding and taking away 2^23 rounds a magnitude under 2^23. */
 static inline f8 f8_rint(f8 x) {
 #if defined(__AVX2__)
