@@ -31,8 +31,10 @@ from countermark_appliance.engine import weights
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.replay import ExactRunner
 from countermark_appliance.engine.request import DoneEvent, Event, Prepared, Request
+from countermark_kernels import PROFILE
 
 DECODE_PROMPT, DECODE_TOKENS, PREFILL, ANSWER = 32, 64, 512, 256
+OURS = f"countermark {PROFILE}"
 CELLS = ("decode b1", "decode b8", "prefill 512")
 
 
@@ -191,7 +193,7 @@ def table(found: dict[str, dict[str, list[float]]]) -> Table:
     shown.add_column("")
     for cell in CELLS:
         shown.add_column(cell, justify="right")
-    ours = {cell: max(found["countermark exact-v0"][cell]) for cell in CELLS}
+    ours = {cell: max(found[OURS][cell]) for cell in CELLS}
     for name, cells in found.items():
         shown.add_row(
             name,
@@ -209,7 +211,7 @@ def main() -> int:
     engine = Engine(artefact, threads=0)
     threads = engine.info.threads
     peers: dict[str, Peer] = {
-        "countermark exact-v0": Ours(engine),
+        OURS: Ours(engine),
         "transformers fp32": Transformers(torch.float32),
         "transformers bf16": Transformers(torch.bfloat16),
     }

@@ -15,8 +15,8 @@ def test_tables_are_what_the_results_say() -> None:
 
 def test_a_changed_figure_is_noticed() -> None:
     readme = (ROOT / "README.md").read_text()
-    speed = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["tokens_per_second"][readme_tables.OURS]
-    figure = f"| {speed['decode b1']['best']:.0f} |"
+    speed = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["tokens_per_second"]
+    figure = f"| {next(iter(speed.values()))['decode b1']['best']:.0f} |"
     assert figure in readme
     assert readme_tables.replaced(readme.replace(figure, "| 999 |")) != readme.replace(figure, "| 999 |")
 
