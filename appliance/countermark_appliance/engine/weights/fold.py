@@ -36,13 +36,23 @@ Jobs = Iterator[Callable[[], Tensor]]
 
 
 class Folder:
-    """Folds one checkpoint. A `Jobs` gives a matrix as consecutive blocks of rows, each a call that returns float64."""
+    """Folds one checkpoint. A `Jobs` gives a matrix as consecutive blocks of rows, each a call that returns float64.
 
-    def __init__(self, source: Source, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    `diagonal`: other signs than the profile's, to measure how much one draw of them matters.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        diagonal: Tensor | None = None,
+    ) -> None:
         self._source = source
         self._config = config
         self._dtype = dtype
-        self._signs = signs(config.rotation)
+        self._signs = signs(config.rotation) if diagonal is None else diagonal
         step = max(config.head_dim, _BLOCK_ELEMENTS // config.hidden)
         self._step = step - step % config.head_dim
 
