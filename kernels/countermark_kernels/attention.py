@@ -12,7 +12,7 @@ For one query row at position p, over the tokens t <= p of its sequence (c = bin
              t = fma(a', cq, B), whose last bits are the integer k = rint(a' cq) - M;  f = fma(a', cq, B - t)
              E = 2^(k + f)                   ieee.exp2_short
              D = sum rint(E * 2^22)          int64
-             n = rint((E * s_v) * g)         at most 32639 = 127 * 256 + 127: two int8 planes, or int16
+             n = fma(E * s_v, g, 12582912) - 12582912, an integer; at most 32639 = 127 * 256 + 127: two int8 planes, or int16
              N = sum n * v_t                 int64
              o = div(float(N) * 2^22, float(D) * g)
 
@@ -167,7 +167,7 @@ def reference(q: Tensor, s_q: Tensor, positions: Tensor, *, k: Tensor, s_k: Tens
     whole = ieee.fma(a, cq, bias)
     e = ieee.exp2_short(whole - ROUND, ieee.fma(a, cq, bias - whole)).masked_fill(hidden, 0.0)
     d = ieee.rint(e * 2.0**22).to(torch.int64).sum(dim=-1, keepdim=True, dtype=torch.int64)
-    n = ieee.rint((e * s_v) * g).to(torch.int32)
+    n = (ieee.fma(e * s_v, g, torch.full_like(g, ROUND)) - ROUND).to(torch.int32)
     low = ((n + 128) & 255) - 128
     planes = split(v.T)
     high, low = ((chunked_product(part.to(torch.int8), planes)).to(torch.int64) for part in ((n - low) >> 8, low))

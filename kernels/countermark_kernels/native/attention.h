@@ -136,7 +136,7 @@ static NOINLINE int64_t weight_pass(const float *a, int64_t tokens, int64_t padd
             total += i8_sum_across(sum);
             sum = i8_set(0);
         }
-        i8_store16(n + t, f8_to_int(f8_rint((e * v) * gain)));
+        i8_store16(n + t, f8_bits(f8_fma(e * v, gain, f8_set(ROUND))) - zero);
     }
     for (int64_t t = (tokens + LANES - 1) / LANES * LANES; t < padded; t += LANES)
         memset(n + t, 0, LANES * sizeof *n);
