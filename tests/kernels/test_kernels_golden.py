@@ -56,6 +56,24 @@ def _attention() -> tuple[Tensor, ...]:
     return (attention.attend(heads.q, heads.s_q, [attention.Span(cache=cache, start=0, end=41, position=0)], layer=0),)
 
 
+def _long_attention() -> tuple[Tensor, ...]:
+    """The last rows of 1,500 tokens: enough weights that one rounding more or less shows."""
+    tokens, rows = 1500, 16
+    heads = rope.Heads(
+        q=_int8(tokens, 2, 128, seed=50),
+        s_q=pattern(tokens, 2, seed=51).abs(),
+        k=_int8(tokens, 1, 128, seed=52),
+        s_k=pattern(tokens, 1, seed=53, scale=1.0).abs(),
+        v=_int8(tokens, 1, 128, seed=54),
+        s_v=pattern(tokens, 1, seed=55).abs(),
+    )
+    cache = attention.KvCache(layers=1, kv_heads=1, head_dim=128, capacity=tokens)
+    cache.append(0, heads, 0, tokens, 0)
+    first = tokens - rows
+    span = attention.Span(cache=cache, start=0, end=rows, position=first)
+    return (attention.attend(heads.q[first:].contiguous(), heads.s_q[first:].contiguous(), [span], layer=0),)
+
+
 def _linear() -> tuple[Tensor, ...]:
     weight = linear.prepare(_int8(50, 1100, seed=39), pattern(50, seed=40))
     q, s = _int8(9, 1100, seed=41), pattern(9, seed=42)
@@ -79,6 +97,7 @@ OPS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "linear": _linear,
     "rope": _rope,
     "attention": _attention,
+    "attention over many tokens": _long_attention,
     "activation": lambda: activation.swiglu_quantise(pattern(9, 768, seed=48, scale=90.0), 128),
     "sampler": _sampler,
     "fingerprint": lambda: (fingerprint.fingerprint(pattern(3, 999, seed=49), 998),),
