@@ -73,7 +73,7 @@ class Quality:
 
 
 def compare(reference: Tensor, logits: Tensor, ids: list[int]) -> Sums:
-    """Log-probabilities of the reference (binary64) and logits of another model over the window `ids`, [window, vocab]."""
+    """The reference's log-probabilities (binary64) and a model's logits over the window `ids`: [window, vocab]."""
     kl = nll = nll_reference = 0.0
     agree = 0
     for first in range(0, len(ids), ROWS):
