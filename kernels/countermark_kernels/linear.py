@@ -9,8 +9,8 @@ Integer: the sum of products, so split-K, tiles, threads and instruction sets ar
 the conversion of S and the products and sums above, in that order. q and w lie in -127..127 (never -128), which the
 int8 instructions without VNNI need to be exact.
 
-Two ways to the same integers: the native library (see native/gemm.h), or torch: float products over chunks of
-K <= 1024, in which every partial sum is an integer under 2^24 and hence exact in any order.
+Three ways to the same integers: the native library (see native/gemm.h); torch: float products over chunks of
+K <= 1024, in which every partial sum is an integer under 2^24 and hence exact in any order; on CUDA, gpu/linear.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import CWeight, check, native, pointer
+from countermark_kernels.binding import CWeight, check, gpu, native, pointer
 
 CHUNK = 1024
 K_MAX = 32768
@@ -35,7 +35,8 @@ K_MAX = 32768
 class Weight:
     """A weight matrix [outputs, inputs] and its scales, in the layout of the back end that `prepare` found.
 
-    `planes`: for torch, see `split`; `transposed`: for torch._int_mm; `native`: the C view of `packed` and `sums`.
+    `planes`: for torch, see `split`; `transposed`: for torch._int_mm; `native`: the C view of `packed` and `sums`;
+    `rows`: on CUDA, [outputs, inputs] as it came.
     """
 
     outputs: int
@@ -46,6 +47,7 @@ class Weight:
     packed: Tensor | None = None
     sums: Tensor | None = None
     native: CWeight | None = None
+    rows: Tensor | None = None
 
 
 def reference(
@@ -88,16 +90,21 @@ def split(w: Tensor) -> tuple[Tensor, ...]:
 def prepare(w: Tensor, ws: Tensor) -> Weight:
     """Bring w: [N, K] int8 and its channel scales ws: [N] f32 into the back end's own layout, once per model.
 
-    Copies: w may be dropped. Raises ValueError for a value of -128 or a K over 32768.
+    Copies: w may be dropped. The weight lives where w does. Raises ValueError for a value of -128 or a K over 32768.
     """
-    check("w", w, torch.int8, (None, None))
+    check("w", w, torch.int8, (None, None), w.device)
     outputs, inputs = w.shape
-    check("ws", ws, torch.float32, (outputs,))
+    check("ws", ws, torch.float32, (outputs,), w.device)
     if not 1 <= inputs <= K_MAX or not outputs:
         raise ValueError(f"w: expected 1..{K_MAX} inputs and some outputs, got {tuple(w.shape)}")
     if int(w.min()) == -128:
         raise ValueError("w: expected values in -127..127, got -128")
     ws = ws.clone()
+    if w.is_cuda:
+        weight = Weight(outputs=outputs, inputs=inputs, scale=ws, rows=w.clone())
+        gpu("linear").workspace(w.device)
+        torch.cuda.synchronize(w.device)  # kernels read weights before they wait for earlier ones
+        return weight
     library = native()
     if library is None:
         if _int_mm_wins() and _int_mm_is_exact(outputs, inputs):
@@ -116,12 +123,16 @@ def linear(
 ) -> Tensor:
     """q: [T, K] int8 in -127..127, s: [T] f32, bias: [N] f32, residual: [T, N] f32 -> [T, N] f32."""
     rows = q.shape[0]
-    check("q", q, torch.int8, (None, weight.inputs))
-    check("s", s, torch.float32, (rows,))
+    device = weight.scale.device
+    check("q", q, torch.int8, (None, weight.inputs), device)
+    check("s", s, torch.float32, (rows,), device)
     if bias is not None:
-        check("bias", bias, torch.float32, (weight.outputs,))
+        check("bias", bias, torch.float32, (weight.outputs,), device)
     if residual is not None:
-        check("residual", residual, torch.float32, (rows, weight.outputs))
+        check("residual", residual, torch.float32, (rows, weight.outputs), device)
+    if weight.rows is not None:
+        y: Tensor = gpu("linear").product(q, s, weight.rows, weight.scale, bias, residual)
+        return y
     library = native()
     if weight.native is None:
         if weight.transposed is not None:
