@@ -90,11 +90,11 @@ class Machine:
         return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3
 
 
-def kernel_of(rows: int, outputs: int, inputs: int) -> str:
+def kernel_of(rows: int, outputs: int) -> str:
     """What linear.product chooses."""
     if rows <= linear.ROWS_MAX:
         return "rows"
-    if rows <= 16 or (rows <= 32 and outputs >= 1 << 14):
+    if linear.few(rows, outputs):
         return "tiles"
     tile = linear_hopper.choose(rows, outputs, 132)
     return f"hopper {tile.m}x{tile.n}x{tile.k}"
@@ -129,7 +129,7 @@ def shapes(m: Machine, w8: dict[str, list[Tensor]], w16: dict[str, list[Tensor]]
                 work["residual"] = lambda i, q=q, s=s, n=name, ws=ws, e=extra: linear.product(
                     q, s, w8[n][i], ws, None, e
                 )
-            row: dict[str, Any] = {"shape": name, "rows": rows, "kernel": kernel_of(rows, outputs, inputs)}
+            row: dict[str, Any] = {"shape": name, "rows": rows, "kernel": kernel_of(rows, outputs)}
             row["equal"] = equal(q, s, w8[name][0], ws)
             row["alone"] = {k: round(m.alone(partial(f, 0)), 2) for k, f in work.items()}
             if rows <= IN_A_ROW:

@@ -6,7 +6,7 @@
 Integer: products and sums, so tiles, split K and the order in which programs arrive are free. Binary32, one rounding
 each: the rest. An element of y depends on its row of q and its row of w alone.
 
-Three kernels, chosen by shape from times measured on an H100 (bench/gpu_linear.py). Up to 4 rows `_rows`: a program
+Three kernels, chosen by shape from times measured on an H100 (bench/gpu_linear.py). Up to 2 rows `_rows`: a program
 holds whole rows of w in registers, no matrix unit. Else, on compute capability 9.0, linear_hopper.py, but for so few
 rows that reading w is all that counts: there, and on any other GPU, `_tiles`, which may split K over programs.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from countermark_kernels.gpu import ieee, linear_hopper
 
-ROWS_MAX = 4
+ROWS_MAX = 2
 PROGRAM_BYTES = 1 << 15  # weights in the registers of one program of `_rows`
 N, K, STAGES = 64, 256, 4  # of `_tiles`
 PROGRAMS = 132  # split tiles up to this many programs
@@ -186,6 +186,11 @@ def tiles(
     )  # fmt: skip
 
 
+def few(count: int, outputs: int) -> bool:
+    """Whether reading w takes so much longer than multiplying that `tiles` is the faster on Hopper too."""
+    return count <= 16 or (count <= 32 and outputs >= 1 << 14)
+
+
 def product(
     q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -193,12 +198,11 @@ def product(
     count, inputs = q.shape
     outputs = w.shape[0]
     y = torch.empty(count, outputs, device=q.device)
-    reads_count_most = count <= 16 or (count <= 32 and outputs >= 1 << 14)
     if not count:
         return y
     if count <= ROWS_MAX and inputs % 4 == 0:
         rows(q, s, w, ws, bias, residual, y)
-    elif _is_hopper(q.device) and inputs % 16 == 0 and not reads_count_most:
+    elif _is_hopper(q.device) and inputs % 16 == 0 and not few(count, outputs):
         linear_hopper.tiles(q, s, w, ws, bias, residual, y)
     else:
         tiles(q, s, w, ws, bias, residual, y)

@@ -47,7 +47,7 @@ def poisoned(arguments: Arguments) -> Tensor:
     return torch.full((arguments[0].shape[0], arguments[2].shape[0]), float("nan"), device=DEVICE)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize(("outputs", "inputs"), [(5, 4), (67, 96), (33, 260)])
 @pytest.mark.parametrize("extras", [False, True])
 def test_rows(rows: int, outputs: int, inputs: int, extras: bool) -> None:
@@ -68,7 +68,7 @@ def test_tiles(rows: int, outputs: int, inputs: int, extras: bool, split: int) -
         assert torch.equal(y, expected(*arguments))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 4, 5, 16, 17])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 16, 17])
 def test_product_takes_any_number_of_rows(rows: int) -> None:
     arguments = case(rows, 70, 36, bias=True, residual=True)
     assert torch.equal(linear.product(*arguments), expected(*arguments))
@@ -76,7 +76,7 @@ def test_product_takes_any_number_of_rows(rows: int) -> None:
 
 def test_one_of_the_extras() -> None:
     for extras in ({"bias": True}, {"residual": True}):
-        for rows in (2, 6):
+        for rows in (2, 5):
             arguments = case(rows, 9, 40, **extras)
             assert torch.equal(linear.product(*arguments), expected(*arguments))
 
@@ -133,7 +133,7 @@ def test_the_hopper_cases_reach_every_tile() -> None:
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(6144, 4096), (4096, 12288), (24576, 4096), (49157, 576), (49157, 896), (151936, 4096)]
 )
-@pytest.mark.parametrize("rows", [1, 4, 16, 32, 64, 128, 256, 1024])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 32, 64, 128, 256, 1024])
 def test_sizes_of_real_models(outputs: int, inputs: int, rows: int) -> None:
     if rows * outputs > 1 << 25:
         pytest.skip("too long on the CPU")
@@ -156,8 +156,8 @@ def test_a_row_does_not_know_its_neighbours() -> None:
     assert residual is not None
     alone = linear.product(q[:1], s[:1], w, ws, None, residual[:1])
     for rows in (2, 4, 7, 16, 30, 64, 100, 256, 700):
-        batch = torch.arange(rows, device=DEVICE)
         for place in {0, rows // 2, rows - 1}:
+            batch = torch.arange(rows, device=DEVICE)
             batch[[0, place]] = batch[[place, 0]]
             y = linear.product(q[batch], s[batch], w, ws, None, residual[batch])
             assert torch.equal(y[place], alone[0])
@@ -166,7 +166,7 @@ def test_a_row_does_not_know_its_neighbours() -> None:
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_a_chain_in_a_graph() -> None:
     """40 dependent layers, each started before the last is done, eagerly and in a graph, 20 times: the same bits."""
-    for rows in (1, 3, 8, 40, 200):
+    for rows in (1, 2, 8, 40, 200):
         w = [cpu.prepare(int8s(1024, 1024, seed=i).to(DEVICE), scales(1024, seed=i).to(DEVICE)) for i in range(40)]
         q, s = int8s(rows, 1024, seed=77).to(DEVICE), scales(rows, seed=78).to(DEVICE)
         x = floats(rows, 1024, seed=79).to(DEVICE)
