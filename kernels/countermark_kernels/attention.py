@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import CSpan, check, native
+from countermark_kernels.binding import CSpan, check, gpu, native
 from countermark_kernels.linear import chunked_product, split
 from countermark_kernels.rope import HEAD_SIZES, Heads
 
@@ -108,6 +108,9 @@ class KvCache:
         self.v[layer][:, tokens // 2, :, tokens % 2] = heads.v[start:end]
         self.s_k[layer, :, position:stop] = heads.s_k[start:end].T
         self.s_v[layer, :, position:stop] = heads.s_v[start:end].T
+
+    def release(self) -> None:
+        """The cache is not used any more. Nothing to do here: its memory goes with it; gpu/cache.py's is shared."""
 
     def native_span(self, layer: int, start: int, end: int, position: int) -> CSpan:
         """struct cm_span for rows start..end at `position` of `layer`."""
@@ -179,19 +182,24 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
 
     `spans` cover rows 0..T in order, without gaps. Each row attends to every token of its sequence up to its own,
     whose keys and values (its own included) are in the cache: append first. Query head h reads kv head
-    h // (heads / kv_heads). Raises NumericsError `numerics.range` for a score of 2^14 or more.
+    h // (heads / kv_heads). Raises NumericsError `numerics.range` for a score of 2^14 or more; on CUDA
+    `gpu.flags.raise_pending` does.
     """
-    check("q", q, torch.int8, (None, None, None))
+    check("q", q, torch.int8, (None, None, None), q.device)
     rows, heads, head_dim = q.shape
-    check("s_q", s_q, torch.float32, (rows, heads))
+    check("s_q", s_q, torch.float32, (rows, heads), q.device)
     check_spans(spans, rows, heads, head_dim)
-    out = torch.empty(rows, heads, head_dim)
+    if q.is_cuda and spans:
+        kernels = gpu("attention")
+        out: Tensor = kernels.attend(q, s_q, kernels.plan(spans, heads), layer=layer)
+        return out
+    result = torch.empty(rows, heads, head_dim, device=q.device)
     library = native()
     if library is not None and spans:
         calls = (CSpan * len(spans))(*(x.cache.native_span(layer, x.start, x.end, x.position) for x in spans))
         sizes = (len(spans), heads, spans[0].cache.kv_heads, head_dim, SCORE_CONSTANTS[head_dim])
-        library.call("cm_attend", calls, *sizes, q.data_ptr(), s_q.data_ptr(), out.data_ptr())
-        return out.reshape(rows, heads * head_dim)
+        library.call("cm_attend", calls, *sizes, q.data_ptr(), s_q.data_ptr(), result.data_ptr())
+        return result.reshape(rows, heads * head_dim)
     for span in spans:
         group = heads // span.cache.kv_heads
         for kv_head in range(span.cache.kv_heads):
@@ -200,7 +208,7 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
                 end = min(start + _QUERY_BLOCK, span.end)
                 length = span.position + end - span.start
                 positions = torch.arange(length - (end - start), length).repeat_interleave(group)
-                out[start:end, mine] = reference(
+                result[start:end, mine] = reference(
                     q[start:end, mine].reshape(-1, head_dim),
                     s_q[start:end, mine].reshape(-1),
                     positions,
@@ -209,7 +217,7 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
                     v=span.cache.values(layer, kv_head, length),
                     s_v=span.cache.s_v[layer, kv_head, :length],
                 ).reshape(end - start, group, head_dim)
-    return out.reshape(rows, heads * head_dim)
+    return result.reshape(rows, heads * head_dim)
 
 
 def check_spans(spans: Sequence[Span], rows: int, heads: int, head_dim: int) -> None:

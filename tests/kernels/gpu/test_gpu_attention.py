@@ -1,0 +1,218 @@
+"""Attention and its paged cache in Triton: every bit of the CPU's for any batch, cut and cache; errors by flags."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from gpu_cases import CUDA, DEVICE
+from torch import Tensor
+
+from countermark_kernels import attention, ieee
+from countermark_kernels.attention import KvCache, Span, attend
+from countermark_kernels.gpu import attention as gpu_attention
+from countermark_kernels.gpu import flags
+from countermark_kernels.gpu.cache import BLOCK, PagedCache, Pool, value_slot
+from countermark_kernels.rope import Heads
+
+LAYERS, LAYER = 2, 1
+SHAPES = ((4, 2, 128), (3, 1, 64)) if not CUDA else ((32, 8, 128), (9, 3, 64), (14, 2, 64), (8, 8, 128), (40, 8, 128))
+# (position, tokens) of each span of a batch
+BATCHES = {
+    "one token": ((0, 1),),
+    "prompt": ((0, 70),),
+    "prompt of a block": ((0, BLOCK),),
+    "chunk up to a block": ((BLOCK - 30, 30),),
+    "chunk past a block": ((BLOCK - 1, 20),),
+    "decode": ((BLOCK - 1, 1), (BLOCK, 1), (2 * BLOCK + 5, 1)),
+    "mixture": ((130, 1), (0, 33), (0, 1), (64, 3), (5, 2), (63, 40)),
+}
+if CUDA:
+    BATCHES |= {
+        "long prompt": ((0, 1111),),
+        "late chunk": ((3000, 200), (4095, 1), (4096, 2)),
+        "long decode": ((9000, 1), (511, 1), (512, 1), (1023, 1), (20000, 1)),
+    }
+KINDS = ("random", "equal", "zeros", "sink", "scales")
+
+
+def tokens(count: int, heads: int, kv_heads: int, d: int, kind: str, seed: int) -> Heads:
+    """Rows as RoPE would leave them: random, or at the edges that `kind` names."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(n: int) -> Tensor:
+        return torch.randint(-127, 128, (count, n, d), generator=g, dtype=torch.int8)
+
+    def scales(n: int, low: float, high: float) -> Tensor:
+        return torch.exp2(torch.rand(count, n, generator=g) * (high - low) + low)
+
+    q, k, v = integers(heads), integers(kv_heads), integers(kv_heads)
+    s_q, s_k, s_v = scales(heads, -3, 0), scales(kv_heads, -3, 0), scales(kv_heads, -6, -3)
+    if kind == "equal":
+        k[:], s_k[:], s_v[:] = k[:1].clone(), s_k[:1].clone(), 2.0**-4
+    elif kind == "zeros":
+        for x, s in ((q, s_q), (k, s_k), (v, s_v)):
+            dead = torch.rand(s.shape, generator=g) < 0.4
+            x[dead], s[dead] = 0, 0.0
+    elif kind == "sink":
+        q[:, :, 0] = 127
+        k[::50], k[::50, :, 0], s_k[::50], s_v[::50] = 0, 127, 2.0**6, 2.0**-30
+    elif kind == "scales":
+        s_q, s_k, s_v = scales(heads, -60, 2), scales(kv_heads, -40, 2), scales(kv_heads, -100, 23.9)
+    return Heads(q=q, s_q=s_q, k=k, s_k=s_k, v=v, s_v=s_v)
+
+
+def rows(heads: Heads, start: int, end: int) -> Heads:
+    return Heads(**{name: getattr(heads, name)[start:end] for name in ("q", "s_q", "k", "s_k", "v", "s_v")})
+
+
+def on_device(heads: Heads) -> Heads:
+    return Heads(**{name: getattr(heads, name).to(DEVICE) for name in ("q", "s_q", "k", "s_k", "v", "s_v")})
+
+
+def crowded(blocks: int, kv_heads: int, d: int) -> Pool:
+    """A pool whose blocks hold what other sequences left, in no order."""
+    pool = Pool(layers=LAYERS, kv_heads=kv_heads, head_dim=d, blocks=blocks, device=DEVICE)
+    g = torch.Generator().manual_seed(blocks)
+    for x in (pool.k, pool.v):
+        x.copy_(torch.randint(-127, 128, x.shape, generator=g, dtype=torch.int8))
+    for s in (pool.s_k, pool.s_v):
+        s.copy_(torch.rand(s.shape, generator=g) * 2.0**23.5)
+    pool.free = [pool.free[i] for i in torch.randperm(blocks, generator=g).tolist()]
+    return pool
+
+
+def batch(
+    spans: tuple[tuple[int, int], ...], heads: int, kv_heads: int, d: int, kind: str
+) -> tuple[Heads, list[Span], list[Span]]:
+    """Queries of a batch whose caches hold their contexts, on the CPU and in a pool."""
+    need = sum((position + count + BLOCK - 1) // BLOCK for position, count in spans)
+    pool = crowded(need + 3, kv_heads, d)
+    parts: list[Heads] = []
+    cpu: list[Span] = []
+    gpu: list[Span] = []
+    start = 0
+    for seed, (position, count) in enumerate(spans):
+        all_tokens = tokens(position + count, heads, kv_heads, d, kind, seed)
+        cache = KvCache(layers=LAYERS, kv_heads=kv_heads, head_dim=d, capacity=position + count)
+        cache.append(LAYER, all_tokens, 0, position + count, 0)
+        paged = PagedCache(pool, position + count)
+        paged.append(LAYER, on_device(all_tokens), 0, position, 0)
+        paged.append(LAYER, on_device(all_tokens), position, position + count, position)
+        parts.append(rows(all_tokens, position, position + count))
+        cpu.append(Span(cache=cache, start=start, end=start + count, position=position))
+        gpu.append(Span(cache=paged, start=start, end=start + count, position=position))
+        start += count
+    names = ("q", "s_q", "k", "s_k", "v", "s_v")
+    return Heads(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names}), cpu, gpu
+
+
+def run(queries: Heads, spans: list[Span], heads: int) -> Tensor:
+    device = on_device(queries)
+    plan = gpu_attention.plan(spans, heads)
+    first = gpu_attention.attend(device.q, device.s_q, plan, layer=LAYER)
+    again = gpu_attention.attend(device.q, device.s_q, plan, layer=LAYER)
+    flags.raise_pending(DEVICE)
+    assert torch.equal(first, again)
+    return first.cpu()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), SHAPES)
+def test_every_batch(heads: int, kv_heads: int, d: int, name: str) -> None:
+    queries, cpu, gpu = batch(BATCHES[name], heads, kv_heads, d, "random")
+    assert torch.equal(run(queries, gpu, heads), attend(queries.q, queries.s_q, cpu, layer=LAYER))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_value(kind: str) -> None:
+    heads, kv_heads, d = SHAPES[0]
+    queries, cpu, gpu = batch(((0, 90), (100, 1), (64, 2)), heads, kv_heads, d, kind)
+    got = run(queries, gpu, heads)
+    assert torch.equal(got, attend(queries.q, queries.s_q, cpu, layer=LAYER))
+    span, cache = cpu[0], cpu[0].cache
+    group = heads // kv_heads
+    alone = attention.reference(
+        queries.q[: span.end, :group].reshape(-1, d),
+        queries.s_q[: span.end, :group].reshape(-1),
+        torch.arange(span.end).repeat_interleave(group),
+        k=cache.keys(LAYER, 0, span.end),
+        s_k=cache.s_k[LAYER, 0, : span.end],
+        v=cache.values(LAYER, 0, span.end),
+        s_v=cache.s_v[LAYER, 0, : span.end],
+    )
+    assert torch.equal(got[: span.end, : group * d].reshape(-1, d), alone)
+
+
+def test_chunks_and_steps_are_the_prompt() -> None:
+    """A row's bits do not depend on the kernel, the chunk or the batch it is computed in."""
+    heads, kv_heads, d = SHAPES[0]
+    queries, _, gpu = batch(((0, 75),), heads, kv_heads, d, "random")
+    whole = run(queries, gpu, heads)
+    for start, end in ((0, 1), (0, 40), (63, 64), (64, 75), (74, 75)):
+        span = Span(cache=gpu[0].cache, start=0, end=end - start, position=start)
+        assert torch.equal(run(rows(queries, start, end), [span], heads), whole[start:end])
+
+
+@pytest.mark.parametrize("chunk", [64, 256, 512])
+def test_splits_are_free(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_attention, "CHUNK_MAX", chunk)
+    monkeypatch.setattr(gpu_attention, "TARGET", 0)
+    heads, kv_heads, d = SHAPES[0]
+    queries, cpu, gpu = batch(((600, 1), (3, 1)), heads, kv_heads, d, "random")
+    assert torch.equal(run(queries, gpu, heads), attend(queries.q, queries.s_q, cpu, layer=LAYER))
+
+
+@pytest.mark.skipif(not CUDA, reason="CPU only: the portable prefill kernel has no other to agree with")
+def test_portable_kernel_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, kv_heads, d = SHAPES[0]
+    queries, _, gpu = batch(((0, 300), (1000, 77)), heads, kv_heads, d, "random")
+    fast = run(queries, gpu, heads)
+    monkeypatch.setattr(gpu_attention, "_hopper", lambda device: False)
+    assert torch.equal(run(queries, gpu, heads), fast)
+
+
+def test_a_score_out_of_range_is_reported() -> None:
+    heads, kv_heads, d = SHAPES[0]
+    for count in (1, 40):
+        queries, _, gpu = batch(((30, count),), heads, kv_heads, d, "random")
+        queries.s_q[0, 0] = 2.0**23
+        with pytest.raises(ieee.NumericsError) as caught:
+            run(queries, gpu, heads)
+        assert caught.value.code == "numerics.range"
+        flags.raise_pending(DEVICE)
+
+
+def test_a_copied_prefix_goes_on_alike() -> None:
+    heads, kv_heads, d = SHAPES[0]
+    queries, _, gpu = batch(((0, 80),), heads, kv_heads, d, "random")
+    source = gpu[0].cache
+    assert isinstance(source, PagedCache)
+    copy = PagedCache(source.pool, 70)
+    copy.copy_prefix(source, 70)
+    spans = [Span(cache=cache, start=0, end=5, position=65) for cache in (source, copy)]
+    assert torch.equal(*(run(rows(queries, 65, 70), [span], heads) for span in spans))
+
+
+def test_a_pool_lends_its_blocks_once() -> None:
+    pool = Pool(layers=1, kv_heads=1, head_dim=64, blocks=3, device=DEVICE)
+    first, second = PagedCache(pool, 65), PagedCache(pool, 64)
+    assert sorted(first.blocks + second.blocks) == [0, 1, 2]
+    assert (first.capacity, second.capacity) == (2 * BLOCK, BLOCK)
+    assert first.size_bytes == 2 * second.size_bytes
+    with pytest.raises(MemoryError):
+        PagedCache(pool, 1)
+    first.release()
+    assert len(PagedCache(pool, 2 * BLOCK).blocks) == 2
+    with pytest.raises(ieee.NumericsError) as caught:
+        PagedCache(pool, attention.CONTEXT_MAX + 1)
+    assert caught.value.code == "numerics.context"
+
+
+def test_value_slot_is_a_permutation_within_sixteen() -> None:
+    order = [value_slot.fn(token) for token in range(BLOCK)]
+    assert sorted(order) == list(range(BLOCK))
+    assert all(a // 16 == b // 16 for a, b in zip(order, range(BLOCK), strict=True))
+    for w, t, b in itertools.product(range(2), range(4), range(2)):
+        assert order[8 * w + 2 * t + b] == 4 * t + 2 * w + b
