@@ -49,10 +49,31 @@ def quality_line(result: dict[str, Any]) -> str:
     )
 
 
+def linear_table(result: dict[str, Any]) -> str:
+    """Our time over cuBLAS bf16's, for all matrices of the model, by rows; and a decode step's GEMMs in one graph."""
+    ratios = {(row["metric"], row["rows"]): row["ratio"] for row in result["model"]}
+    shown = [rows for metric, rows in ratios if metric == "alone"]
+    lines = [f"| rows | {' | '.join(map(str, shown))} |", "|---|" + "---|" * len(shown)]
+    for metric, title in (("alone", "alone, L2 flushed"), ("in_a_row", "in a row")):
+        cells = (f"{ratios[metric, rows]:.2f}" if (metric, rows) in ratios else "" for rows in shown)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    steps = "; ".join(f"{d['rows']}: {d['ours_ms']:.2f} ms ({d['bf16_ms']:.2f})" for d in result["decode"])
+    gpu = result["gpu"].split(",")
+    lines += [
+        "",
+        "Our time over that of cuBLAS bf16 in the same run, summed over Qwen3-8B's 36 layers and head (generated weights),",
+        f"epilogue included. All GEMMs of one decode step in one CUDA graph, by batch (cuBLAS bf16): {steps}.",
+        f"{gpu[0]}, driver{gpu[1]}, torch {result['versions']['torch']}, Triton {result['versions']['triton']},",
+        f"{result['date']}; `bench/gpu_linear.py`, [numbers](bench/results/gpu-linear.json).",
+    ]
+    return "\n".join(lines)
+
+
 def rendered() -> dict[str, str]:
     """Every table by the name of its comments."""
     return {
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
+        "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "quality": quality_line(json.loads((RESULTS / "quality-cpu.json").read_text())),
     }
 
