@@ -8,8 +8,9 @@ position's logits (those of the prompt, then those of the generated tokens), of 
 `record` runs prompt by prompt on one CPU, in pieces of 512, then token by token; `check` runs ragged batches in which
 prompts in pieces of random length and single tokens of other answers share each step. So a match also says that
 neither batch nor chunking matters. Both build the artefacts from their sources: a match says that builds agree too.
-`check` ends with a mutant, one integer sum replaced by a binary32 sum, which the digests must tell apart. Exit 1 on
-any difference, or a mutant that passes.
+`check` also runs a mutant, whose norm adds its squares up in binary32 instead of as integers, and beside it the same
+detour with the integer sum: the digests must tell the one from the record and not the other. Exit 1 on any difference,
+or a mutant that passes.
 
 `record` leaves models that the file already has: to record again, delete it. Nothing is timed to compare: the seconds
 include hashing and, on a GPU, compiling.
@@ -26,7 +27,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -188,26 +189,35 @@ def asked_digest(asked: Sequence[Case]) -> str:
     return _digest(json.dumps([dataclasses.asdict(case) for case in asked], sort_keys=True).encode())
 
 
-def norm_with_float_sum(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The mutant: `norm_quantise` whose sum of squares is a binary32 sum, which has an order."""
-    q, _ = norm.norm_quantise(x, eps)
-    amax = ieee.amax(x)
-    e = ieee.exponent(amax)
-    z = ieee.rint(x * ieee.pow2(14 - e).unsqueeze(-1))
-    mean = ieee.div((z * z).sum(dim=-1), ieee.constant(float(x.shape[-1]), x)) * ieee.pow2(2 * e - 28)
-    r = ieee.div(ieee.constant(1.0, x), ieee.sqrt(mean + eps))
-    return q, ieee.div(amax, ieee.constant(127.0, x)) * r
+def integer_sum(z: Tensor) -> Tensor:
+    """Of the squares, as the profile has it."""
+    z = z.to(torch.int64)
+    return ieee.to_f32((z * z).sum(dim=-1, dtype=torch.int64))
+
+
+def float_sum(z: Tensor) -> Tensor:
+    """The mutant: of the squares, in binary32 and therefore in some order."""
+    return (z * z).sum(dim=-1)
 
 
 @contextmanager
-def mutated() -> Iterator[None]:
-    """Every model made before or inside runs op by op, with the mutant for its norm."""
+def detour(sum_of_squares: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, every model runs op by op, the norm with this sum."""
+
+    def norm_quantise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        q, _ = norm.norm_quantise(x, eps)
+        amax = ieee.amax(x)
+        e = ieee.exponent(amax)
+        z = ieee.rint(x * ieee.pow2(14 - e).unsqueeze(-1))
+        mean = ieee.div(sum_of_squares(z), ieee.constant(float(x.shape[-1]), x)) * ieee.pow2(2 * e - 28)
+        r = ieee.div(ieee.constant(1.0, x), ieee.sqrt(mean + eps))
+        return q, ieee.div(amax, ieee.constant(127.0, x)) * r
 
     def forward(self: decoder.Decoder, x: Tensor, spans: Sequence[Span]) -> Tensor:
         positions = [torch.arange(s.position, s.position + s.end - s.start, dtype=torch.int32) for s in spans]
         return self.stepwise(x, spans, torch.cat(positions).to(x.device))
 
-    with patch.object(decoder, "norm_quantise", norm_with_float_sum), patch.object(decoder.Decoder, "forward", forward):
+    with patch.object(decoder, "norm_quantise", norm_quantise), patch.object(decoder.Decoder, "forward", forward):
         yield
 
 
@@ -284,7 +294,7 @@ def check(names: Sequence[str], device: str) -> bool:
         recorded = data["models"][name]
         with opened(name) as (artefact, asked):
             begun = time.perf_counter()
-            model = Model(artefact) if device == "cpu" else Model(artefact, device=device)
+            model = Model(artefact, device)
             found = run(model, asked, Draw(1))
             different = compare(recorded["cases"], found)
             result["models"][name] = entry = {
@@ -300,16 +310,13 @@ def check(names: Sequence[str], device: str) -> bool:
             }
             good = good and entry["weights_root_equal"] and entry["asked_equal"] and not different
             if name == MUTANT_MODEL:
-                with mutated():
-                    few = asked[:MUTANT_CASES]
-                    differing = len(compare(recorded["cases"][: len(few)], run(model, few, Draw(1))))
-                result["mutant"] = {
-                    "what": "the norm's sum of squares in binary32",
-                    "model": name,
-                    "cases": len(few),
-                    "cases_that_differ": differing,
-                }
-                good = good and differing > 0
+                mutant: dict[str, Any] = {"model": name, "cases": MUTANT_CASES}
+                result["mutant"] = mutant
+                for total in (integer_sum, float_sum):
+                    with detour(total):
+                        found = run(model, asked[:MUTANT_CASES], Draw(1))
+                    mutant[f"differ_with_{total.__name__}"] = len(compare(recorded["cases"][:MUTANT_CASES], found))
+                good = good and mutant["differ_with_integer_sum"] == 0 < mutant["differ_with_float_sum"]
         out.write_text(json.dumps(result, indent=1) + "\n")
         say(f"{name}: {entry}")
     print(out.read_text())
