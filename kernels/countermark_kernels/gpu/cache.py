@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels import ieee
+from countermark_kernels import ieee as arithmetic
 from countermark_kernels.attention import CONTEXT_MAX, KvCache
+from countermark_kernels.gpu import ieee
 from countermark_kernels.rope import HEAD_SIZES, Heads
 
 BLOCK = 64
@@ -81,7 +82,7 @@ class PagedCache(KvCache):
 
     def __init__(self, pool: Pool, capacity: int) -> None:
         if not 1 <= capacity <= CONTEXT_MAX:
-            raise ieee.NumericsError(
+            raise arithmetic.NumericsError(
                 f"context: expected 1..{CONTEXT_MAX} tokens, got {capacity}", code="numerics.context"
             )
         count = (capacity + BLOCK - 1) // BLOCK
@@ -109,7 +110,8 @@ class PagedCache(KvCache):
         if start < end:
             rows = (x[start:end] for x in (heads.k, heads.s_k, heads.v, heads.s_v))
             pool = self.pool.layer(layer)
-            _append[end - start, self.kv_heads](*rows, slots, *pool, self.kv_heads, D=self.head_dim, BLOCK=BLOCK)
+            sizes = {"D": self.head_dim, "BLOCK": BLOCK}
+            _append[end - start, self.kv_heads](*rows, slots, *pool, self.kv_heads, **sizes, **ieee.EXACT)
 
     def keys(self, layer: int, head: int, tokens: int) -> Tensor:
         """The first `tokens` keys of a head as [tokens, d] int8."""

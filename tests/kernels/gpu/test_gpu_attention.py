@@ -12,6 +12,7 @@ from torch import Tensor
 from countermark_kernels import attention, ieee
 from countermark_kernels.attention import KvCache, Span, attend
 from countermark_kernels.gpu import attention as gpu_attention
+from countermark_kernels.gpu import batch as tiles
 from countermark_kernels.gpu import flags
 from countermark_kernels.gpu.cache import BLOCK, PagedCache, Pool, value_slot
 from countermark_kernels.rope import Heads
@@ -157,8 +158,8 @@ def test_chunks_and_steps_are_the_prompt() -> None:
 
 @pytest.mark.parametrize("chunk", [64, 256, 512])
 def test_splits_are_free(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_attention, "CHUNK_MAX", chunk)
-    monkeypatch.setattr(gpu_attention, "TARGET", 0)
+    monkeypatch.setattr(tiles, "CHUNK_MAX", chunk)
+    monkeypatch.setattr(tiles, "TARGET", 0)
     heads, kv_heads, d = SHAPES[0]
     queries, cpu, gpu = batch(((600, 1), (3, 1)), heads, kv_heads, d, "random")
     assert torch.equal(run(queries, gpu, heads), attend(queries.q, queries.s_q, cpu, layer=LAYER))
@@ -169,7 +170,8 @@ def test_portable_kernel_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, kv_heads, d = SHAPES[0]
     queries, _, gpu = batch(((0, 300), (1000, 77)), heads, kv_heads, d, "random")
     fast = run(queries, gpu, heads)
-    monkeypatch.setattr(gpu_attention, "_hopper", lambda device: False)
+    for module in (tiles, gpu_attention):
+        monkeypatch.setattr(module, "hopper", lambda device: False)
     assert torch.equal(run(queries, gpu, heads), fast)
 
 

@@ -1,0 +1,206 @@
+"""Attention of few rows: two kernels over splits of the context, so that one sequence fills the GPU.
+
+`_score` stores a_t and the maxima of each split; `_combine` the weighted sums of each split, and the last split to
+arrive adds them. Every key and value is read once. `_combine` may start while `_score` still runs (programmatic
+dependent launch): it then fetches its values into the L2 cache and waits.
+
+Integer: the sums, so splits and the order of arrival are free. Maxima are of values that do not depend on the split.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from countermark_kernels import attention as specified
+from countermark_kernels.gpu import attention_steps as steps
+from countermark_kernels.gpu import flags, ieee
+from countermark_kernels.gpu.batch import Plan, Short
+from countermark_kernels.gpu.cache import BLOCK
+
+
+@triton.jit
+def _prefetch(
+    v,
+    table,
+    start,
+    end,
+    head,
+    KV_HEADS: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Ask for a split's values in the L2 cache."""
+    block = start // N + tl.arange(0, CHUNK // N)
+    page = tl.load(table + block, mask=block * N < end, other=0).to(tl.int64) * KV_HEADS + head
+    lines = v + page[:, None] * (N * D) + (tl.arange(0, N * D // 128) * 128)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _score(
+    q,
+    s_q,
+    k,
+    s_k,
+    s_v,
+    tables,
+    tiles,
+    scores,
+    maxima,
+    c,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    tile = tiles + tl.program_id(2) * 5
+    end = tl.load(tile + 2) + tl.load(tile + 1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if split * CHUNK >= end:
+        return
+    rows, present, position = steps.rows(tile, head, GROUP, KV_HEADS, M)
+    table = tables + tl.load(tile + 3)
+    width = (end + N - 1) // N * N
+    r = tl.arange(0, M)
+    x = tl.arange(0, D)
+    n = tl.arange(0, N)
+    queries = tl.load(q + rows[:, None] * D + x[None, :], mask=present[:, None], other=0)
+    cq = steps.query(s_q, rows, present, c)
+    line = scores + (tl.load(tile + 4).to(tl.int64) * KV_HEADS + head * width) * R + r * width
+    top = tl.full([M, N], float("-inf"), tl.float32)
+    bound = tl.full([M, N], float("-inf"), tl.float32)
+    for start in range(split * CHUNK, tl.minimum(split * CHUNK + CHUNK, width), N):
+        page = tl.load(table + start // N).to(tl.int64) * KV_HEADS + head
+        visible = (start + n)[None, :] <= position[:, None]
+        keys = tl.load(k + page * (N * D) + n[:, None] * D + x[None, :])
+        a = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32) * tl.load(s_k + page * N + n)[None, :]
+        power = tl.broadcast_to(steps.power(tl.load(s_v + page * N + n))[None, :], a.shape)
+        raised = ieee.fma(a, tl.broadcast_to(cq[:, None], a.shape), power)
+        top = tl.maximum(top, tl.where(visible, a, float("-inf")))
+        bound = tl.maximum(bound, tl.where(visible, raised, float("-inf")))
+        tl.store(line[:, None] + (start + n)[None, :], a, mask=(r < R)[:, None])
+    at = (tl.program_id(2) * KV_HEADS + head) * tl.num_programs(0) + split
+    tl.store(maxima + at * (2 * R) + r, tl.max(top, axis=1), mask=r < R)
+    tl.store(maxima + at * (2 * R) + R + r, tl.max(bound, axis=1), mask=r < R)
+
+
+@triton.jit
+def _combine(
+    s_q,
+    v,
+    s_v,
+    tables,
+    tiles,
+    scores,
+    maxima,
+    partial,
+    sums,
+    arrivals,
+    out,
+    flag,
+    c,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    tile = tiles + tl.program_id(2) * 5
+    end = tl.load(tile + 2) + tl.load(tile + 1)
+    table = tables + tl.load(tile + 3)
+    if EARLY:
+        _prefetch(v, table, split * CHUNK, end, head, KV_HEADS, N, D, CHUNK)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if split * CHUNK >= end:
+        return
+    rows, present, position = steps.rows(tile, head, GROUP, KV_HEADS, M)
+    width = (end + N - 1) // N * N
+    splits = tl.cdiv(end, CHUNK)
+    r = tl.arange(0, M)
+    x = tl.arange(0, D)
+    n = tl.arange(0, N)
+    pair = tl.program_id(2) * KV_HEADS + head
+    first = pair * tl.num_programs(0)
+    cq = steps.query(s_q, rows, present, c)
+    others = tl.arange(0, SPLITS)
+    found = maxima + (first + others)[:, None] * (2 * R) + r[None, :]
+    there = (others < splits)[:, None] & (r < R)[None, :]
+    top = tl.max(tl.load(found, mask=there, other=float("-inf")), axis=0)
+    bound = tl.max(tl.load(found + R, mask=there, other=float("-inf")), axis=0)
+    m, floor, g = steps.reference(tl.where(present, top, 0.0), tl.where(present, bound, 0.0), cq, flag, present)
+    line = scores + (tl.load(tile + 4).to(tl.int64) * KV_HEADS + head * width) * R + r * width
+    total = tl.zeros([M, N], tl.int32)
+    high = tl.zeros([M, D], tl.int32)
+    low = tl.zeros([M, D], tl.int32)
+    for start in range(split * CHUNK, tl.minimum(split * CHUNK + CHUNK, width), N):
+        page = tl.load(table + start // N).to(tl.int64) * KV_HEADS + head
+        visible = (start + n)[None, :] <= position[:, None]
+        values = tl.load(v + page * (N * D) + x[:, None] * N + n[None, :])
+        a = tl.load(line[:, None] + (start + n)[None, :], mask=(r < R)[:, None], other=0.0)
+        d, hi, lo = steps.weigh(a, tl.load(s_v + page * N + n), visible, cq, m, floor, g)
+        total += d
+        high = tl.dot(hi, tl.trans(values), high, out_dtype=tl.int32)
+        low = tl.dot(lo, tl.trans(values), low, out_dtype=tl.int32)
+    cell = r[:, None] * D + x[None, :]
+    inside = (r < R)[:, None] & (x < D)[None, :]
+    tl.store(partial + (first + split).to(tl.int64) * (R * D) + cell, high * 256 + low, mask=inside)
+    tl.store(sums + (first + split) * R + r, ieee.total(total.to(tl.int64), 1), mask=r < R)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == splits - 1:
+        tl.debug_barrier()
+        number = tl.zeros([M, D], tl.int64)
+        divisor = tl.zeros([M], tl.int64)
+        for start in range(0, splits, 8):
+            for i in tl.static_range(8):
+                at = (first + start + i).to(tl.int64)
+                more = start + i < splits
+                part = tl.load(partial + at * (R * D) + cell, mask=inside & more, other=0, cache_modifier=".cg")
+                number += part.to(tl.int64)
+                divisor += tl.load(sums + at * R + r, mask=(r < R) & more, other=0, cache_modifier=".cg")
+        scaled = ieee.to_f32(number) * 4194304.0
+        divisor = tl.where(present, ieee.to_f32(divisor) * g, 1.0)
+        o = ieee.div(scaled, tl.broadcast_to(divisor[:, None], scaled.shape))
+        tl.store(out + rows[:, None] * D + x[None, :], o, mask=present[:, None])
+        tl.store(arrivals + pair, 0)
+
+
+def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out: Tensor) -> None:
+    """The rows of `short` into `out`, [T, heads * d] f32."""
+    pool, device, head_dim = batch.pool, q.device, q.shape[2]
+    k, s_k, v, s_v = pool.layer(layer)
+    parts = short.tiles.shape[0] * pool.kv_heads * short.splits * short.rows
+    scores = torch.empty(short.width * pool.kv_heads * short.rows, device=device)
+    maxima = torch.empty(2 * parts, device=device)
+    partial = torch.empty(parts * head_dim, dtype=torch.int32, device=device)
+    sums = torch.empty(parts, dtype=torch.int64, device=device)
+    grid = (short.splits, pool.kv_heads, short.tiles.shape[0])
+    shape = {"GROUP": batch.heads // pool.kv_heads, "KV_HEADS": pool.kv_heads, "D": head_dim, "N": BLOCK}
+    shape |= {"R": short.rows, "M": max(16, triton.next_power_of_2(short.rows)), "CHUNK": short.chunk}
+    options = {"EARLY": q.is_cuda, "launch_pdl": q.is_cuda, "num_warps": 4, "num_stages": 5, **ieee.EXACT}
+    found = (batch.tables, short.tiles, scores, maxima)
+    c = specified.SCORE_CONSTANTS[head_dim]
+    _score[grid](q, s_q, k, s_k, s_v, *found, c, **shape, **options)
+    results = (partial, sums, short.arrivals, out, flags.word(device))
+    splits = triton.next_power_of_2(short.splits)
+    _combine[grid](s_q, v, s_v, *found, *results, c, **shape, SPLITS=splits, **options)
