@@ -7,7 +7,8 @@
     x = x + linear(swiglu_quantise(gate_up), W_down)
 
 The native path runs all layers of a batch in one call, through the same functions as the single ops, so the bits are
-those of the ops called one by one.
+those of the ops called one by one; so does gpu/decoder.py on CUDA, where errors show when `gpu.flags.raise_pending` is
+asked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from countermark_kernels.activation import swiglu_quantise
 from countermark_kernels.attention import SCORE_CONSTANTS, Span, attend, check_spans
-from countermark_kernels.binding import CDecoder, CLayer, CSpan, check, native, pointer
+from countermark_kernels.binding import CDecoder, CLayer, CSpan, check, gpu, native, pointer
 from countermark_kernels.linear import Weight, linear
 from countermark_kernels.norm import check_eps, norm_quantise
 from countermark_kernels.quantise import quantise
@@ -60,8 +61,9 @@ class Decoder:
 
     def __post_init__(self) -> None:
         width, hidden = self.heads * self.head_dim, self.head.inputs
-        check("cos", self.cos, torch.float32, (None, self.head_dim // 2))
-        check("sin", self.sin, torch.float32, (self.cos.shape[0], self.head_dim // 2))
+        device = self.cos.device
+        check("cos", self.cos, torch.float32, (None, self.head_dim // 2), device)
+        check("sin", self.sin, torch.float32, (self.cos.shape[0], self.head_dim // 2), device)
         check_eps(self.eps)
         intermediate = self.layers[0].down.inputs
         if self.head_dim not in HEAD_SIZES or intermediate % self.block or self.block & (self.block - 1):
@@ -80,7 +82,7 @@ class Decoder:
             vectors = ((layer.qkv_bias, sizes["qkv"][0]), (layer.o_bias, hidden))
             for x, length in (*vectors, (layer.q_gain, self.head_dim), (layer.k_gain, self.head_dim)):
                 if x is not None:
-                    check("bias or gain", x, torch.float32, (length,))
+                    check("bias or gain", x, torch.float32, (length,), device)
             if (layer.q_gain is None) != (layer.k_gain is None):
                 raise ValueError("q_gain, k_gain: expected both or neither, got one")
         layers = (CLayer * len(self.layers))(*(_view(layer) for layer in self.layers))
@@ -97,7 +99,7 @@ class Decoder:
 
         Keys and values are appended to each span's cache. x is left as it is.
         """
-        check("x", x, torch.float32, (None, self.layers[0].qkv.inputs))
+        check("x", x, torch.float32, (None, self.layers[0].qkv.inputs), self.cos.device)
         check_spans(spans, x.shape[0], self.heads, self.head_dim)
         if any(s.position + s.end - s.start > self.cos.shape[0] for s in spans):
             raise ValueError(f"spans: expected positions within {self.cos.shape[0]}, got more")
@@ -107,6 +109,9 @@ class Decoder:
             )
         if not spans:
             return x.clone()
+        if x.is_cuda:
+            on_cuda: Tensor = gpu("decoder").forward(self, x, spans)
+            return on_cuda
         positions = torch.cat(
             [torch.arange(s.position, s.position + s.end - s.start, dtype=torch.int32) for s in spans]
         )

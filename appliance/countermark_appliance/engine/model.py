@@ -18,10 +18,13 @@ from torch import Tensor
 
 from countermark_appliance.engine.weights import Artefact
 from countermark_kernels.attention import KvCache, Span
+from countermark_kernels.binding import gpu
 from countermark_kernels.decoder import Decoder, Layer
 from countermark_kernels.linear import Weight, prepare
 
 FIRST_CAPACITY = 256
+POOL_TOKENS = 1 << 20
+"""On a GPU all sequences share memory for at most so many tokens, or for as many as half of its free memory holds."""
 
 
 class Cache:
@@ -43,7 +46,12 @@ class Cache:
             self._kv = self._model.new_kv(max(tokens, min(capacity, self._model.context)))
             if old is not None:
                 self._kv.copy_prefix(old, keep)
+                old.release()
         return self._kv
+
+    def __del__(self) -> None:
+        if self._kv is not None:
+            self._kv.release()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +68,19 @@ class Chunk:
 
 
 class Model:
-    """The tensors of one artefact, ready to run. Not thread-safe: one thread calls `forward`."""
+    """The tensors of one artefact, ready to run on `device`. Not thread-safe: one thread calls `forward`."""
 
-    def __init__(self, artefact: Artefact) -> None:
+    def __init__(self, artefact: Artefact, device: str = "cpu") -> None:
         self._config = artefact.config
+        self._device = torch.empty(0, device=device).device  # with its index
+        self._pool: object = None  # gpu.cache.Pool, made with the first cache
         c = self._config
 
+        def tensor(name: str) -> Tensor:
+            return artefact.tensor(name).to(self._device)
+
         def weight(name: str) -> Weight:
-            return prepare(artefact.tensor(name), artefact.tensor(f"{name}.scale"))
+            return prepare(tensor(name), tensor(f"{name}.scale"))
 
         def layer(name: str) -> Layer:
             return Layer(
@@ -75,13 +88,13 @@ class Model:
                 o=weight(f"{name}.o"),
                 gate_up=weight(f"{name}.gate_up"),
                 down=weight(f"{name}.down"),
-                qkv_bias=artefact.tensor(f"{name}.qkv.bias") if c.attention_bias else None,
-                o_bias=artefact.tensor(f"{name}.o.bias") if c.output_bias else None,
-                q_gain=artefact.tensor(f"{name}.q_norm") if c.qk_norm else None,
-                k_gain=artefact.tensor(f"{name}.k_norm") if c.qk_norm else None,
+                qkv_bias=tensor(f"{name}.qkv.bias") if c.attention_bias else None,
+                o_bias=tensor(f"{name}.o.bias") if c.output_bias else None,
+                q_gain=tensor(f"{name}.q_norm") if c.qk_norm else None,
+                k_gain=tensor(f"{name}.k_norm") if c.qk_norm else None,
             )
 
-        self._embed = artefact.tensor("embed")
+        self._embed = tensor("embed")
         self._decoder = Decoder(
             layers=tuple(layer(f"layers.{i}") for i in range(c.layers)),
             head=weight("head"),
@@ -90,8 +103,8 @@ class Model:
             head_dim=c.head_dim,
             eps=c.rms_eps,
             block=c.hadamard_block,
-            cos=artefact.tensor("rope.cos"),
-            sin=artefact.tensor("rope.sin"),
+            cos=tensor("rope.cos"),
+            sin=tensor("rope.sin"),
         )
 
     @property
@@ -111,8 +124,18 @@ class Model:
         return Cache(self)
 
     def new_kv(self, capacity: int) -> KvCache:
+        """A cache for `capacity` tokens where the model is. Raises `MemoryError` where there is no room."""
         c = self._config
-        return KvCache(layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim, capacity=capacity)
+        shape = {"layers": c.layers, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        if self._device.type == "cpu":
+            return KvCache(**shape, capacity=capacity)
+        paged = gpu("cache")
+        if self._pool is None:
+            room = torch.cuda.mem_get_info(self._device)[0] // 2
+            tokens = min(POOL_TOKENS, room // (c.layers * c.kv_heads * (2 * c.head_dim + 8)))
+            self._pool = paged.Pool(**shape, blocks=tokens // paged.BLOCK, device=self._device)
+        cache: KvCache = paged.PagedCache(self._pool, capacity)
+        return cache
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks; write their keys and values; return the wanted logits [rows, vocab] f32, chunk by chunk.
@@ -129,7 +152,13 @@ class Model:
             kv = chunk.cache.reserve(chunk.start + len(chunk.tokens), chunk.start)
             spans.append(Span(cache=kv, start=start, end=len(ids), position=chunk.start))
             rows += range(len(ids) - chunk.logits, len(ids))
-        x = self._decoder.forward(self._embed[torch.tensor(ids)], spans)
+        x = self._decoder.forward(self._embed[self._indices(ids)], spans)
         if len(rows) < len(ids):
-            x = x[torch.tensor(rows, dtype=torch.int64)]
-        return self._decoder.logits(x) if rows else torch.empty(0, self.vocab)
+            x = x[self._indices(rows)]
+        logits = self._decoder.logits(x) if rows else torch.empty(0, self.vocab, device=self._device)
+        if logits.is_cuda:
+            gpu("flags").raise_pending(logits.device)
+        return logits
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)

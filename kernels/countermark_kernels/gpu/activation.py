@@ -1,6 +1,13 @@
-"""SwiGLU, block Hadamard and quantisation, activation.py, one program a row: the row stays in registers."""
+"""SwiGLU, block Hadamard and quantisation, activation.py.
+
+With many rows a program does one, which stays in its registers. With few, several programs share a row: each stores its
+part and raises the row's maximum, and the last to arrive quantises the row. One stream at a time per device: they share
+the words for maxima and arrivals, which are zero before and after every launch.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -11,6 +18,9 @@ from countermark_kernels.gpu import flags, hadamard, ieee
 from countermark_kernels.gpu.quantise import factors
 
 CHUNK = 4096
+PART = 1024
+FEW = 64  # rows, at most WORDS
+WORDS = 64
 
 
 @triton.jit
@@ -20,29 +30,67 @@ def silu(x):
 
 
 @triton.jit
+def _mixed(gate, width, at, SIZE: tl.constexpr, STAGES: tl.constexpr):
+    """SwiGLU and Hadamard transform of SIZE successive elements of a row, zeros past its end."""
+    g = tl.load(gate + at, mask=at < width, other=0.0)
+    u = tl.load(gate + width + at, mask=at < width, other=0.0)
+    return hadamard.transform(silu(g) * u, SIZE, STAGES)
+
+
+@triton.jit
+def _factors(top, flag):
+    """quantise.factors for the pattern `top` of a row's largest magnitude before it is rounded to bfloat16."""
+    flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)  # the rounding can hide a NaN
+    top = ieee.bits(ieee.round_bf16(ieee.value(top)))  # and is monotone: the largest stays the largest
+    flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)
+    return factors(top)
+
+
+@triton.jit
 def _kernel(
     gate_up, q, s, flag, width, PARTS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr
 ):  # parts of CHUNK values, the last filled up with zeros; a Hadamard block never spans two
     row = tl.program_id(0).to(tl.int64)
-    gate = gate_up + row * 2 * width
-    at = tl.arange(0, CHUNK)
     parts = ()
     top = 0
     for i in tl.static_range(PARTS):
-        inside = i * CHUNK + at < width
-        g = tl.load(gate + i * CHUNK + at, mask=inside, other=0.0)
-        u = tl.load(gate + width + i * CHUNK + at, mask=inside, other=0.0)
-        h = hadamard.transform(silu(g) * u, CHUNK, STAGES)
+        h = _mixed(gate_up + row * 2 * width, width, i * CHUNK + tl.arange(0, CHUNK), CHUNK, STAGES)
         top = tl.maximum(top, tl.max(ieee.magnitude(h), axis=0))
-        parts = parts + (ieee.round_bf16(h),)  # type: ignore[assignment] # noqa: RUF005  Triton's tuples know no unpacking
-    flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)  # before the rounding, which can hide a NaN
-    top = ieee.bits(ieee.round_bf16(ieee.value(top)))  # rounding is monotone: the largest stays the largest
-    flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)
-    t, scale = factors(top)
+        parts = parts + (ieee.round_bf16(h),)  # type: ignore[assignment] # noqa: RUF005  no unpacking in Triton
+    t, scale = _factors(top, flag)
     for i in tl.static_range(PARTS):
-        inside = i * CHUNK + at < width
-        tl.store(q + row * width + i * CHUNK + at, ieee.rint_int32(parts[i] * t).to(tl.int8), mask=inside)
+        at = i * CHUNK + tl.arange(0, CHUNK)
+        tl.store(q + row * width + at, ieee.rint_int32(parts[i] * t).to(tl.int8), mask=at < width)
     tl.store(s + row, scale)
+
+
+@triton.jit
+def _shared_kernel(
+    gate_up, q, s, flag, mixed, tops, arrivals, width, PART: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * PART + tl.arange(0, PART)
+    h = _mixed(gate_up + row * 2 * width, width, at, PART, STAGES)
+    mixed += row * width
+    rounded = ieee.bits(ieee.round_bf16(h))
+    tl.store(mixed + at, (rounded >> 16).to(tl.int16), mask=at < width, cache_modifier=".cg")
+    tl.atomic_max(tops + row, tl.max(ieee.magnitude(h), axis=0), sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        tl.debug_barrier()
+        t, scale = _factors(tl.atomic_xchg(tops + row, 0, sem="relaxed"), flag)
+        tl.store(arrivals + row, 0)
+        tl.store(s + row, scale)
+        for start in range(0, width, CHUNK):
+            to = start + tl.arange(0, CHUNK)
+            upper = tl.load(mixed + to, mask=to < width, other=0, cache_modifier=".cg").to(tl.int32)
+            z = ieee.rint_int32(ieee.value(upper << 16) * t)
+            tl.store(q + row * width + to, z.to(tl.int8), mask=to < width)
+
+
+@cache
+def _words(device: torch.device) -> Tensor:
+    return torch.zeros(2, WORDS, dtype=torch.int32, device=device)
 
 
 def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -50,18 +98,18 @@ def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     q = torch.empty(rows, width, dtype=torch.int8, device=gate_up.device)
     s = torch.empty(rows, device=gate_up.device)
-    chunk = min(triton.next_power_of_2(width), CHUNK)
-    if rows:
-        _kernel[(rows,)](
-            gate_up,
-            q,
-            s,
-            flags.word(gate_up.device),
-            width,
-            PARTS=triton.cdiv(width, chunk),
-            CHUNK=chunk,
-            STAGES=block.bit_length() - 1,
-            num_warps=min(max(chunk // 256, 1), 16),
-            **ieee.EXACT,
+    given = (gate_up, q, s, flags.word(gate_up.device))
+    size = triton.next_power_of_2(width)
+    stages = {"STAGES": block.bit_length() - 1, **ieee.EXACT}
+    if rows > FEW:
+        chunk = min(size, CHUNK)
+        parts = {"PARTS": triton.cdiv(width, chunk), "CHUNK": chunk, "num_warps": max(chunk // 512, 1)}
+        _kernel[(rows,)](*given, width, **parts, **stages)
+    elif rows:
+        mixed = torch.empty(rows, width, dtype=torch.int16, device=gate_up.device)
+        part = min(size, PART)
+        grid = (rows, triton.cdiv(width, part))
+        _shared_kernel[grid](
+            *given, mixed, *_words(gate_up.device), width, PART=part, CHUNK=min(size, CHUNK), num_warps=4, **stages
         )
     return q, s

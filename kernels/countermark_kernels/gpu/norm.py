@@ -12,11 +12,22 @@ from countermark_kernels.gpu.quantise import factors, row_launch
 
 
 @triton.jit
-def inverse_rms(x, top, width, eps, flag):
-    """r of each row (last axis) of x, zero beyond its `width` elements, from the pattern `top` of the row's amax."""
-    e = ieee.exponent(ieee.value(tl.where(top < ieee.TINY_BITS, ieee.ONE_BITS, top)))
-    z = ieee.rint_int32(x * tl.expand_dims(ieee.pow2(14 - e), -1))
-    total = ieee.to_f32(ieee.total((z * z).to(tl.int64), -1))
+def exponent(top):
+    """e of rows from the patterns `top` of their amax; 0 where amax < 2^-100."""
+    return ieee.exponent(ieee.value(tl.where(top < ieee.TINY_BITS, ieee.ONE_BITS, top)))
+
+
+@triton.jit
+def squares(x, power):
+    """z^2 for power = 2^(14 - e), as uint32: at most 2^30."""
+    z = ieee.rint_int32(x * power)
+    return (z * z).to(tl.uint32)
+
+
+@triton.jit
+def inverse_rms(total, e, width, eps, flag):
+    """r of rows of `width` elements from their S as int64 and their e."""
+    total = ieee.to_f32(total)
     n = tl.zeros_like(total) + width
     power = ieee.pow2(tl.minimum(tl.maximum(2 * e - 28, -126), 127))
     mean_square = ieee.div(total, n) * power
@@ -33,8 +44,9 @@ def _kernel(x, q, s, flag, width, eps, BLOCK: tl.constexpr):
     flags.report(flag, top >= ieee.INFINITY_BITS, flags.NOT_FINITE)
     t, scale = factors(top)
     tl.store(q + row * width + at, ieee.rint_int32(v * t).to(tl.int8), mask=at < width)
-    r = inverse_rms(tl.reshape(v, [1, BLOCK]), tl.expand_dims(top, 0), width, eps, flag)
-    tl.store(s + row + tl.arange(0, 1), tl.expand_dims(scale, 0) * r)
+    e = exponent(top)
+    total = ieee.total(squares(v, ieee.pow2(14 - e)).to(tl.int64), 0)
+    tl.store(s + row, scale * inverse_rms(total, e, width, eps, flag))
 
 
 def norm_quantise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ RANK_BITS = tl.constexpr(49)
 ID_MASK = tl.constexpr((1 << 18) - 1)
 NO_RANK = tl.constexpr(1 << 49)
 """Beyond every rank."""
-WEIGHT_BITS = tl.constexpr(42)
-ONE_TOKEN = tl.constexpr(1 << 42)
-WEIGHT_MASK = tl.constexpr((1 << 42) - 1)
+WEIGHT_BITS = tl.constexpr(43)
+ONE_TOKEN = tl.constexpr(1 << 43)
+WEIGHT_MASK = tl.constexpr((1 << 43) - 1)
 BUCKETS = tl.constexpr(2048)
 PER_OCTAVE = tl.constexpr(64.0)
 X_MIN = tl.constexpr(-26.0)
@@ -51,8 +51,8 @@ def _ordered(x):
 
 
 @triton.jit
-def _temperature(params, row):
-    return ieee.value(tl.load(params + row * FIELDS + TEMPERATURE).to(tl.int32))
+def _temperature(fields, row):
+    return ieee.value(tl.load(fields + row * FIELDS + TEMPERATURE).to(tl.int32))
 
 
 @triton.jit
@@ -62,14 +62,14 @@ def _weight(x):
 
 
 @triton.jit
-def _slice(logits, best, params, vocab, SLICE: tl.constexpr):
+def _slice(logits, best, fields, vocab, SLICE: tl.constexpr):
     """This program's tokens: ids, bits(|t|), x, and whether each counts."""
     row = tl.program_id(0)
     at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     l = tl.load(logits + row.to(tl.int64) * vocab + at, mask=at < vocab, other=0.0)  # noqa: E741
     high = (tl.load(best + row) >> 32).to(tl.int32)
     top = ieee.value(high ^ ((high >> 31) & 0x7FFFFFFF))
-    t = ieee.div(l - top, tl.zeros_like(l) + _temperature(params, row))
+    t = ieee.div(l - top, tl.zeros_like(l) + _temperature(fields, row))
     x = t * ieee.LOG2E
     return at, ieee.magnitude(t), x, (at < vocab) & (x >= X_MIN)
 
@@ -88,25 +88,25 @@ def _top(logits, best, flag, vocab, SLICE: tl.constexpr):
 
 
 @triton.jit
-def _count(logits, best, params, sums, vocab, BUCKETS: tl.constexpr, SLICE: tl.constexpr):
+def _count(logits, best, fields, sums, vocab, BUCKETS: tl.constexpr, SLICE: tl.constexpr):
     row = tl.program_id(0)
-    if _temperature(params, row) != 0.0:
-        _, _, x, counts = _slice(logits, best, params, vocab, SLICE)
+    if _temperature(fields, row) != 0.0:
+        _, _, x, counts = _slice(logits, best, fields, vocab, SLICE)
         w = _weight(x)
         to = sums + row * 2 * BUCKETS + ieee.truncate(tl.where(counts, x, 0.0) * -PER_OCTAVE)
         ieee.add(to, w + ONE_TOKEN, counts)
-        floor = tl.load(params + row * FIELDS + MIN_P) << 4
+        floor = tl.load(fields + row * FIELDS + MIN_P) << 4
         if floor > 0:
             ieee.add(to + BUCKETS, w, counts & (w >= floor))
 
 
 @triton.jit
-def _draw(params, row, total):
+def _draw(fields, row, total):
     """u of step 10: word 0 of Philox4x32-10, scaled to 0..total - 1."""
-    seed = tl.load(params + row * FIELDS + SEED).to(tl.uint64, bitcast=True)
+    seed = tl.load(fields + row * FIELDS + SEED).to(tl.uint64, bitcast=True)
     low: tl.constexpr = 0xFFFFFFFF
     k0, k1 = seed & low, seed >> 32
-    c0 = tl.load(params + row * FIELDS + POSITION).to(tl.uint64, bitcast=True)
+    c0 = tl.load(fields + row * FIELDS + POSITION).to(tl.uint64, bitcast=True)
     c1 = c0 & 0
     c2, c3 = c1, c1
     for _ in tl.static_range(10):
@@ -118,12 +118,12 @@ def _draw(params, row, total):
 
 
 @triton.jit
-def _histogram(params, sums, row, BUCKETS: tl.constexpr):
+def _histogram(fields, sums, row, BUCKETS: tl.constexpr):
     """Bucket numbers; running totals, each bucket included, of tokens, weight, and weight after min-p; their parts."""
     bucket = tl.arange(0, BUCKETS)
     both = tl.load(sums + row * 2 * BUCKETS + bucket)
     tokens, weight = both >> WEIGHT_BITS, both & WEIGHT_MASK
-    filtered = tl.load(params + row * FIELDS + MIN_P) > 0
+    filtered = tl.load(fields + row * FIELDS + MIN_P) > 0
     left = tl.where(filtered, tl.load(sums + (row * 2 + 1) * BUCKETS + bucket), weight)
     return bucket, ieee.running(tokens), ieee.running(weight), ieee.running(left), tokens
 
@@ -141,11 +141,11 @@ def _at(running, bucket, which):
 
 
 @triton.jit
-def _plan(params, sums, ends, bounds, BUCKETS: tl.constexpr):
+def _plan(fields, sums, ends, bounds, BUCKETS: tl.constexpr):
     row = tl.program_id(0)
-    if _temperature(params, row) != 0.0:
-        bucket, tokens, weight, left, own = _histogram(params, sums, row, BUCKETS)
-        top_k, top_p = tl.load(params + row * FIELDS + TOP_K), tl.load(params + row * FIELDS + TOP_P)
+    if _temperature(fields, row) != 0.0:
+        bucket, tokens, weight, left, own = _histogram(fields, sums, row, BUCKETS)
+        top_k, top_p = tl.load(fields + row * FIELDS + TOP_K), tl.load(fields + row * FIELDS + TOP_P)
         cut = (top_k > 0) | (top_p < ALL_20BIT)
         if cut:
             last = _first(tokens, tl.where(top_k > 0, top_k, NO_RANK), BUCKETS - 1)
@@ -153,7 +153,7 @@ def _plan(params, sums, ends, bounds, BUCKETS: tl.constexpr):
             last = tl.minimum(last, _first(weight, (top_p * most + ALL_20BIT - 1) >> 20, BUCKETS - 1))
             first = last * 0
         else:
-            last = _first(left, _draw(params, row, _at(left, bucket, BUCKETS - 1)) + 1, BUCKETS - 1)
+            last = _first(left, _draw(fields, row, _at(left, bucket, BUCKETS - 1)) + 1, BUCKETS - 1)
             first = last
         begin = tokens - own
         tl.store(ends + row * BUCKETS + bucket, (begin - _at(begin, bucket, first)).to(tl.int32))
@@ -162,10 +162,10 @@ def _plan(params, sums, ends, bounds, BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def _scatter(logits, best, params, ends, bounds, ranks, vocab, BUCKETS: tl.constexpr, SLICE: tl.constexpr):
+def _scatter(logits, best, fields, ends, bounds, ranks, vocab, BUCKETS: tl.constexpr, SLICE: tl.constexpr):
     row = tl.program_id(0)
-    if _temperature(params, row) != 0.0:
-        at, key, x, counts = _slice(logits, best, params, vocab, SLICE)
+    if _temperature(fields, row) != 0.0:
+        at, key, x, counts = _slice(logits, best, fields, vocab, SLICE)
         bucket = ieee.truncate(tl.where(counts, x, 0.0) * -PER_OCTAVE)
         wanted = counts & (bucket >= tl.load(bounds + row * 2)) & (bucket <= tl.load(bounds + row * 2 + 1))
         place = tl.atomic_add(ends + row * BUCKETS + bucket, 1, mask=wanted, sem="relaxed")
@@ -206,16 +206,16 @@ def _bucket(ends, which):
 
 
 @triton.jit
-def _resolve(best, params, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.constexpr, TILE: tl.constexpr):
+def _resolve(best, fields, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0)
-    if _temperature(params, row) == 0.0:
+    if _temperature(fields, row) == 0.0:
         tl.store(ids + row, 0x7FFFFFFF - (tl.load(best + row) & 0xFFFFFFFF))
     else:
-        bucket, tokens, weight, left, _ = _histogram(params, sums, row, BUCKETS)
+        bucket, tokens, weight, left, _ = _histogram(fields, sums, row, BUCKETS)
         ranks += row.to(tl.int64) * vocab
         ends += row * BUCKETS
-        top_k, top_p = tl.load(params + row * FIELDS + TOP_K), tl.load(params + row * FIELDS + TOP_P)
-        floor = tl.load(params + row * FIELDS + MIN_P) << 4
+        top_k, top_p = tl.load(fields + row * FIELDS + TOP_K), tl.load(fields + row * FIELDS + TOP_P)
+        floor = tl.load(fields + row * FIELDS + MIN_P) << 4
         none = top_k * 0
         end = none + NO_RANK  # the last rank that is kept, and its bucket
         last = BUCKETS - 1 + none.to(tl.int32)
@@ -234,7 +234,7 @@ def _resolve(best, params, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.co
         if end < NO_RANK:
             a, b = _bucket(ends, last)
             total = _at(left, bucket, last - 1) + _sum(ranks, a, b, end, floor, False, TILE)
-        u = _draw(params, row, total)
+        u = _draw(fields, row, total)
         last = _first(left, u + 1, BUCKETS - 1)
         a, b = _bucket(ends, last)
         rank = _least(ranks, a, b, u + 1 - _at(left, bucket, last - 1), floor, False, TILE)

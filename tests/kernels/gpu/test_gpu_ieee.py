@@ -63,7 +63,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-COUNT = 1 << (20 if CUDA else 14)
+COUNT = 1 << (18 if CUDA else 14)
 A, B = ieee._patterns(21)[:COUNT], ieee._patterns(22)[:COUNT]
 SUBNORMAL = torch.arange(1, COUNT + 1, dtype=torch.int32).view(torch.float32)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from countermark_kernels import activation, fingerprint, hadamard, ieee, norm, quantise, rope
 from countermark_kernels.gpu import activation as gpu_activation
+from countermark_kernels.gpu import cache, flags
 from countermark_kernels.gpu import fingerprint as gpu_fingerprint
-from countermark_kernels.gpu import flags
 from countermark_kernels.gpu import norm as gpu_norm
 from countermark_kernels.gpu import quantise as gpu_quantise
 from countermark_kernels.gpu import rope as gpu_rope
@@ -60,27 +60,32 @@ def test_norm_quantise(width: int) -> None:
     flags.raise_pending(DEVICE)
 
 
+@pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize(("width", "block"), HALVES)
-def test_swiglu(width: int, block: int) -> None:
-    gate_up = floats(ROWS, 2 * width, seed=width, scale=4.0)
+def test_swiglu(width: int, block: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways: a program a row, and several."""
+    monkeypatch.setattr(gpu_activation, "FEW", few)
+    gate_up = floats(60 if CUDA and few else ROWS, 2 * width, seed=width, scale=4.0)
     gate_up[0] = 0.0
     gate_up[1] *= 2.0**-60
     gate_up[2, :3] = torch.tensor([200.0, -200.0, 87.5])
     gate_up[3] *= 2.0**45
-    same(gpu_activation.swiglu_quantise(gate_up.to(DEVICE), block), activation.reference(gate_up, block))
+    for _ in range(5 if CUDA else 1):
+        same(gpu_activation.swiglu_quantise(gate_up.to(DEVICE), block), activation.reference(gate_up, block))
     flags.raise_pending(DEVICE)
+    assert not gpu_activation._words(DEVICE).any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("gained", [False, True])
-@pytest.mark.parametrize("rows", [1, 9, 70])
+@pytest.mark.parametrize("rows", [1, 3, 700] if CUDA else [1, 3])
 def test_rope(head_dim: int, gained: bool, rows: int) -> None:
     heads, kv_heads = (32, 8) if CUDA else (3, 1)
     qkv = floats(rows, (heads + 2 * kv_heads) * head_dim, seed=head_dim)
     qkv[0, :head_dim] = 0.0
     qkv[-1, head_dim : 2 * head_dim] *= 2.0**-103
-    cos, sin = rope_tables(500, head_dim)
-    positions = torch.arange(499, 499 - rows, -1, dtype=torch.int32)
+    cos, sin = rope_tables(800, head_dim)
+    positions = torch.arange(799, 799 - rows, -1, dtype=torch.int32)
     gains = (scales(head_dim, seed=1, scale=1.0), scales(head_dim, seed=2, scale=1.0)) if gained else (None, None)
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": EPS}
     want = rope.reference(qkv, positions, cos, sin, q_gain=gains[0], k_gain=gains[1], **shape)
@@ -90,13 +95,15 @@ def test_rope(head_dim: int, gained: bool, rows: int) -> None:
     flags.raise_pending(DEVICE)
 
 
-def test_rope_writes_into_a_paged_pool() -> None:
+@pytest.mark.parametrize("few", [0, 32])
+def test_rope_writes_into_a_paged_pool(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of two sequences land in the pages their slots name; no other byte of the pool changes."""
-    heads, kv_heads, d, page, pages = 2, 2, 64, 8, 5
+    monkeypatch.setattr(gpu_rope, "FEW", few)
+    heads, kv_heads, d, page, pages = 2, 2, 64, cache.BLOCK, 3
     qkv = floats(20, (heads + 2 * kv_heads) * d, seed=8)
     cos, sin = rope_tables(64, d)
     positions = torch.arange(20, dtype=torch.int32)
-    slots = torch.cat((torch.arange(13) + 16, torch.arange(7) + 1)).to(torch.int32)
+    slots = torch.cat((torch.arange(13) + 2 * page - 5, torch.arange(7) + 1)).to(torch.int64)
     pool = [
         torch.full((pages, kv_heads, page, d), 99, dtype=torch.int8),
         torch.full((pages, kv_heads, page), 9.0),
@@ -108,7 +115,11 @@ def test_rope_writes_into_a_paged_pool() -> None:
     expected = [x.clone() for x in pool]
     block, token = slots.long() // page, slots.long() % page
     expected[0][block, :, token], expected[1][block, :, token] = want.k, want.s_k
-    expected[2][block, :, :, token], expected[3][block, :, token] = want.v, want.s_v
+    column = token.clone()
+    for i in range(20):  # cache.value_slot: of the last four bits wttb, ttwb
+        last = int(token[i]) % 16
+        column[i] += (last & 6) * 2 + (last >> 3) * 2 + (last & 1) - last
+    expected[2][block, :, :, column], expected[3][block, :, token] = want.v, want.s_v
     there = tuple(x.to(DEVICE) for x in pool)
     inputs = (x.to(DEVICE) for x in (qkv, positions, cos, sin))
     q = gpu_rope.rope_quantise(*inputs, **shape, slots=slots.to(DEVICE), pool=there, page=page)

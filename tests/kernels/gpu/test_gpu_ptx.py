@@ -27,7 +27,7 @@ def ptx(kernel, signature, constants):
 
 row = {"x": "*fp32", "q": "*i8", "s": "*fp32", "flag": "*i32", "width": "i32"}
 half = {"gate_up": "*fp32", "q": "*i8", "s": "*fp32", "flag": "*i32", "width": "i32"}
-logits = {"logits": "*fp32", "best": "*i64", "params": "*i64", "sums": "*i64", "vocab": "i32"}
+logits = {"logits": "*fp32", "best": "*i64", "fields": "*i64", "sums": "*i64", "vocab": "i32"}
 json.dump({
     "quantise": ptx(quantise._kernel, row, {"BLOCK": 128}),
     "norm": ptx(norm._kernel, row | {"eps": "fp32"}, {"BLOCK": 128}),

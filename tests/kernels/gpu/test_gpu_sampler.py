@@ -51,7 +51,7 @@ def test_every_filter(vocab: int, spread: float) -> None:
     """Logits in eighths, so that ties are everywhere; spread 0: all equal."""
     logits = ieee.rint(floats(1, vocab, seed=3, scale=spread) * 8) * 0.125
     chosen = CASES if CUDA else CASES[:: 1 if (vocab, spread) == (2049, 1.0) else 4]
-    for turn in range(ROUNDS):
+    for turn in range(ROUNDS if vocab < 10_000 else min(ROUNDS, 3)):
         params = [replace(p, seed=(turn + i) * 0x9E3779B97F4A7C15 % (1 << 64)) for i, p in enumerate(chosen)]
         positions = [turn * 1000 + i for i in range(len(chosen))]
         want = [sampler.reference(logits[0], p, at) for p, at in zip(params, positions, strict=True)]
