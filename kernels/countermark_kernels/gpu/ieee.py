@@ -87,6 +87,12 @@ def rint_int32(x):
 
 
 @triton.jit
+def ceil(x):
+    """The least integer at or above x, exact."""
+    return tl.ceil(x)
+
+
+@triton.jit
 def to_f32(n):
     """An int32 or int64 as binary32, rounded once, half to even."""
     return n.to(tl.float32)
