@@ -42,9 +42,7 @@ def assembly() -> dict[str, str]:
     assert triton is not None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    found = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, check=True, stdout=subprocess.PIPE
-    )
+    found = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, stdout=subprocess.PIPE)
     texts: dict[str, str] = json.loads(found.stdout)
     return texts
 
