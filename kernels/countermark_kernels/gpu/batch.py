@@ -15,7 +15,8 @@ from countermark_kernels.gpu.cache import BLOCK, PagedCache, Pool
 ROWS = 64  # of a tile
 HOPPER_ROWS = 128
 CHUNK_MAX = 512  # tokens of a split: 32639 * 127 * 512 < 2^31, so its sums fit int32
-TARGET = 132  # programs wanted of a split kernel: one a multiprocessor
+CHUNK_MIN = 128
+TARGET = 256  # programs wanted of a split kernel: about two a multiprocessor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,7 +78,7 @@ def plan(spans: Sequence[Span], heads: int) -> Plan:
     if short:
         ends = [tile[2] + tile[1] for tile in short]
         chunk = CHUNK_MAX
-        while chunk > BLOCK and sum(triton.cdiv(end, chunk) for end in ends) * pool.kv_heads < TARGET:
+        while chunk > CHUNK_MIN and sum(triton.cdiv(end, chunk) for end in ends) * pool.kv_heads < TARGET:
             chunk //= 2
         split = Short(
             tiles=_int32(short, pool.device),
