@@ -148,9 +148,11 @@ def _plan(fields, sums, ends, bounds, BUCKETS: tl.constexpr):
         top_k, top_p = tl.load(fields + row * FIELDS + TOP_K), tl.load(fields + row * FIELDS + TOP_P)
         cut = (top_k > 0) | (top_p < ALL_20BIT)
         if cut:
-            last = _first(tokens, tl.where(top_k > 0, top_k, NO_RANK), BUCKETS - 1)
-            most = _at(weight, bucket, last)  # top-k may keep less of it, which moves top-p's boundary down only
-            last = tl.minimum(last, _first(weight, (top_p * most + ALL_20BIT - 1) >> 20, BUCKETS - 1))
+            # top-p's boundary never lies behind top-k's, whose own bucket must be in the list
+            most = _at(weight, bucket, BUCKETS - 1)
+            by_weight = _first(weight, (top_p * most + ALL_20BIT - 1) >> 20, BUCKETS - 1)
+            by_tokens = _first(tokens, top_k, BUCKETS - 1)
+            last = tl.where((top_k > 0) & (top_k < _at(tokens, bucket, BUCKETS - 1)), by_tokens, by_weight)
             first = last * 0
         else:
             last = _first(left, _draw(fields, row, _at(left, bucket, BUCKETS - 1)) + 1, BUCKETS - 1)

@@ -38,11 +38,30 @@ if not CUDA:  # the interpreter takes a second for a row; between them the tests
     VOCABULARIES, ROUNDS = (1, 2049), 1
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel should have written and did not holds ranks of the heaviest weight."""
+
+    def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
 def draw(logits: Tensor, params: list[SamplerParams], positions: list[int]) -> list[int]:
     settings = sampler.cuda_settings(params, positions, logits.shape[1])
     ids = gpu_sampler.sample(logits.to(DEVICE), settings.to(DEVICE))
     flags.raise_pending(DEVICE)
     return ids.tolist()
+
+
+def test_top_p_ends_buckets_before_top_k() -> None:
+    """One token has nearly all the weight, the fortieth lies many buckets below: both boundaries are looked for."""
+    logits = floats(6, 300, seed=8)
+    logits[:, 7] = logits.amax(dim=1) + 12.0
+    params = [SamplerParams(top_k=40, top_p_20bit=top_p, seed=s) for s, top_p in enumerate((ALL // 2, 900_000) * 3)]
+    want = [sampler.reference(row, p, 5) for row, p in zip(logits, params, strict=True)]
+    assert draw(logits, params, [5] * 6) == want
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
