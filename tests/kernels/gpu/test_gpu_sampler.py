@@ -56,12 +56,12 @@ def draw(logits: Tensor, params: list[SamplerParams], positions: list[int]) -> l
 
 
 def test_top_p_ends_buckets_before_top_k() -> None:
-    """One token has nearly all the weight, the fortieth lies many buckets below: both boundaries are looked for."""
-    logits = floats(6, 300, seed=8)
-    logits[:, 7] = logits.amax(dim=1) + 12.0
-    params = [SamplerParams(top_k=40, top_p_20bit=top_p, seed=s) for s, top_p in enumerate((ALL // 2, 900_000) * 3)]
+    """Some tokens in every bucket: the list of ranks must hold top-k's own bucket, behind the one where top-p ends."""
+    rows = 8
+    logits = (torch.arange(2048) * 1021 % 2048).to(torch.float32) * 2.0**-8 + torch.zeros(rows, 1)
+    params = [SamplerParams(top_k=40 + 30 * i, top_p_20bit=700_000, seed=i * 77) for i in range(rows)]
     want = [sampler.reference(row, p, 5) for row, p in zip(logits, params, strict=True)]
-    assert draw(logits, params, [5] * 6) == want
+    assert draw(logits, params, [5] * rows) == want
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
