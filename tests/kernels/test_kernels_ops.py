@@ -276,6 +276,16 @@ def test_context_limit() -> None:
 
 
 @backends
+def test_swiglu_sees_every_nan(backend: str) -> None:
+    """The pattern that rounding to bfloat16 carries over into a zero."""
+    x = floats(2, 16, seed=1)
+    x.view(torch.int32)[1, 9] = 0x7FFFFFFF
+    with on(backend), pytest.raises(ieee.NumericsError) as caught:
+        activation.swiglu_quantise(x, 1)
+    assert caught.value.code == "numerics.not_finite"
+
+
+@backends
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_not_finite_is_an_error_everywhere(backend: str, bad: float) -> None:
     cos, sin = rope_tables(4, 64)

@@ -36,6 +36,10 @@ static void swiglu_item(void *arg, int64_t item) {
             else
                 hadamard_small(y + i, block);
         }
+        if (bits_of(row_amax(y, width)) >= INFINITY_BITS) { /* before the rounding, which can turn a NaN into zero */
+            atomic_store(&job->status, CM_NOT_FINITE);
+            continue;
+        }
         for (int64_t i = 0; i < width; i += LANES) {
             if (i + LANES <= width)
                 f8_store(y + i, round_bf16_8(f8_load(y + i)));
