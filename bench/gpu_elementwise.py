@@ -8,6 +8,7 @@ rows a CUDA graph's replays, whose inputs stay in the cache. `copy` is a device-
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,12 @@ def main() -> None:
             )
             print(f"{name:14} {rows:6} {took:9.2f} us {size / took / 1e6:6.2f} TB/s")
     print(f"copy {copy:.2f} TB/s")
-    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    device = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     RESULT.write_text(json.dumps(device | {"copy_tb_s": round(copy, 3), "found": found}, indent=1) + "\n")
 
 

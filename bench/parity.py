@@ -46,6 +46,7 @@ from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_kernels import PROFILE, decoder, ieee, kernel_digest, launch, norm
 from countermark_kernels.attention import Span
+from countermark_kernels.fingerprint import encode, fingerprint
 from paritycases import Case, Draw, cases
 from paritymodels import RECIPES, built
 
@@ -129,7 +130,18 @@ def _digest(data: bytes) -> str:
     return blake3(data).hexdigest()[: 2 * DIGEST_BYTES]
 
 
-def run(model: Model, asked: Sequence[Case], crowd: Draw | None = None) -> list[Digests]:
+Drawing = Callable[[Tensor, Sequence[Row]], tuple[list[int], list[bytes]]]
+
+
+def draw_on_host(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[bytes]]:
+    """engine.draw with the tokens drawn by the CPU's sampler; the fingerprints stay on the logits' device."""
+    return draw(logits.cpu(), rows)[0], encode(fingerprint(logits, logits.shape[1]))
+
+
+DRAWING: dict[str, Drawing] = {"device": draw, "host": draw_on_host}
+
+
+def run(model: Model, asked: Sequence[Case], crowd: Draw | None = None, drawing_by: Drawing = draw) -> list[Digests]:
     """All cases, one after the other; or many at a time, prompts in pieces of lengths that `crowd` draws."""
     seats, rows = (1, ALONE_ROWS) if crowd is None else (SEATS, ROWS)
     found: dict[int, Digests] = {}
@@ -159,7 +171,7 @@ def run(model: Model, asked: Sequence[Case], crowd: Draw | None = None) -> list[
         if not drawing:
             continue
         wanted = logits[torch.tensor(last, device=logits.device)]
-        for (index, answer), token, mark in zip(drawing, *draw(wanted, [a.row for _, a in drawing]), strict=True):
+        for (index, answer), token, mark in zip(drawing, *drawing_by(wanted, [a.row for _, a in drawing]), strict=True):
             if answer.push(token, mark):
                 found[index] = answer.digests()
                 active.remove((index, answer))
@@ -275,7 +287,7 @@ def compare(recorded: Sequence[str], found: Sequence[Digests]) -> list[dict[str,
     ]
 
 
-def check(names: Sequence[str], device: str) -> bool:
+def check(names: Sequence[str], device: str, drawn_on: str = "device") -> bool:
     """Compare this machine with the file; write what was found after each model. Whether all is as it should be.
 
     Where only some models are asked for, what this machine wrote about the others, by the same kernels, stays.
@@ -285,17 +297,18 @@ def check(names: Sequence[str], device: str) -> bool:
         raise SystemExit(f"{RECORDED.name}: expected profile {PROFILE}, got {data['profile']}")
     where = environment(device)
     out = RESULTS / f"parity-{str(where['device']).lower().replace(' ', '-')}.json"
-    result: dict[str, Any] = {"profile": PROFILE, "environment": where, "models": {}, "mutant": {}}
+    made: dict[str, Any] = {"profile": PROFILE, "environment": where, "drawn_on": drawn_on}
+    result: dict[str, Any] = {**made, "models": {}, "mutant": {}}
     if out.exists() and len(names) < len(data["models"]):
         before = json.loads(out.read_text())
-        result = before if before["environment"] == where else result
+        result = before if all(before[key] == made[key] for key in made) else result
     good = True
     for name in names:
         recorded = data["models"][name]
         with opened(name) as (artefact, asked):
             begun = time.perf_counter()
             model = Model(artefact, device)
-            found = run(model, asked, Draw(1))
+            found = run(model, asked, Draw(1), DRAWING[drawn_on])
             different = compare(recorded["cases"], found)
             result["models"][name] = entry = {
                 "weights_root": artefact.weights_root.hex(),
@@ -314,7 +327,7 @@ def check(names: Sequence[str], device: str) -> bool:
                 result["mutant"] = mutant
                 for total in (integer_sum, float_sum):
                     with detour(total):
-                        found = run(model, asked[:MUTANT_CASES], Draw(1))
+                        found = run(model, asked[:MUTANT_CASES], Draw(1), DRAWING[drawn_on])
                     mutant[f"differ_with_{total.__name__}"] = len(compare(recorded["cases"][:MUTANT_CASES], found))
                 good = good and mutant["differ_with_integer_sum"] == 0 < mutant["differ_with_float_sum"]
         out.write_text(json.dumps(result, indent=1) + "\n")
@@ -329,12 +342,15 @@ def main() -> int:
     parser.add_argument("what", choices=("record", "check"))
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"some of: {', '.join(every)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--draw", choices=tuple(DRAWING), default="device", help="where the tokens are drawn from the device's logits"
+    )
     args = parser.parse_args()
     names = [name for name in every if name in (args.models or every)]
     if args.what == "record":
         record(names)
         return 0
-    return 0 if check(names, args.device) else 1
+    return 0 if check(names, args.device, args.draw) else 1
 
 
 if __name__ == "__main__":

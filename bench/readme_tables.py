@@ -61,10 +61,53 @@ def linear_table(result: dict[str, Any]) -> str:
     gpu = result["gpu"].split(",")
     lines += [
         "",
-        "Our time over that of cuBLAS bf16 in the same run, summed over Qwen3-8B's 36 layers and head (generated weights),",
+        "Our time over that of cuBLAS bf16 in the same run, summed over Qwen3-8B's 36 layers and head,",
         f"epilogue included. All GEMMs of one decode step in one CUDA graph, by batch (cuBLAS bf16): {steps}.",
         f"{gpu[0]}, driver{gpu[1]}, torch {result['versions']['torch']}, Triton {result['versions']['triton']},",
         f"{result['date']}; `bench/gpu_linear.py`, [numbers](bench/results/gpu-linear.json).",
+    ]
+    return "\n".join(lines)
+
+
+def attention_table(result: dict[str, Any]) -> str:
+    """Time of one layer's attention, in microseconds, and over that of torch's SDPA in bf16."""
+    lines = ["| attention | ours, us | SDPA bf16, us | ratio | FlashAttention-2, us |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        name = f"{row['kind']}, {row['batch']} x {row['context']}"
+        ours, theirs, flash = (f"{row[key]:.0f}" for key in ("exact_us", "sdpa_default_us", "sdpa_flash_us"))
+        lines.append(f"| {name} | {ours} | {theirs} | {row['ratio']:.2f} | {flash} |")
+    shape = result["shape"]
+    lines += [
+        "",
+        f"{shape['heads']} heads of {shape['head_dim']}, {shape['kv_heads']} of keys and values, causal;",
+        f"SDPA's default is cuDNN here. {result['device']}, driver {result['driver']},",
+        f"torch {result['torch']}, Triton {result['triton']}, {result['date']};",
+        "`bench/gpu_attention.py`, [numbers](bench/results/gpu-attention.json).",
+    ]
+    return "\n".join(lines)
+
+
+def parity_lines(result: dict[str, Any]) -> str:
+    """What the comparison of a GPU with the recorded digests of a CPU found."""
+    where, models, mutant = result["environment"], result["models"], result["mutant"]
+    prompts = sum(m["prompts"] for m in models.values())
+    positions = sum(m["positions"] for m in models.values())
+    differing = sum(m["mismatches"] for m in models.values())
+    roots = sum(m["weights_root_equal"] for m in models.values())
+    lines = [
+        f"{where['device']} against a CPU: {prompts:,} prompts of 1 to 4,000 tokens on {len(models)} models,",
+        f"the logits of {positions:,} positions, every token and fingerprint: **{differing} differences**,",
+        "in ragged batches on the one side and one by one on the other.",
+        f"{roots} of {len(models)} artefacts built on the second machine had the same root.",
+        "One integer sum replaced by a float sum changed",
+        f"{mutant['differ_with_float_sum']} of {mutant['cases']} answers.",
+    ]
+    if result["drawn_on"] == "host":
+        lines.append("Tokens were drawn by the CPU's sampler from the GPU's logits.")
+    lines += [
+        f"Driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}, {where['date']};",
+        "`bench/parity.py`, [digests](tests/data/parity/exact-v1.json),",
+        "[result](bench/results/parity-nvidia-h100-80gb-hbm3.json).",
     ]
     return "\n".join(lines)
 
@@ -74,6 +117,8 @@ def rendered() -> dict[str, str]:
     return {
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
+        "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),
+        "parity": parity_lines(json.loads((RESULTS / "parity-nvidia-h100-80gb-hbm3.json").read_text())),
         "quality": quality_line(json.loads((RESULTS / "quality-cpu.json").read_text())),
     }
 
