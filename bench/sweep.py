@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import datetime
 import json
 import sys
 import time
@@ -28,6 +29,10 @@ RESULT = Path(__file__).resolve().parent / "results" / "sweep.json"
 BLOCK = 1 << 24
 PIECE = 1 << 16  # fits the cache, on one thread: ten times faster than large pieces on two
 OPS: dict[str, Callable[[Tensor], Tensor]] = {"exp2": ieee.exp2, "silu": activation.silu}
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
 def inputs(first: int, count: int) -> Tensor:
@@ -79,7 +84,7 @@ def sweep_cpu() -> bool:
         with launch.forced(isa=isa):
             equal &= entry(on_cpu(native_silu, block) for block in range(256)) == found["ops"]["silu"]
         seconds[f"silu {isa}"] = round(time.perf_counter() - start, 1)
-    found["devices"]["cpu"] = {"equal": equal, "seconds": seconds, "torch": torch.__version__}
+    found["devices"]["cpu"] = {"equal": equal, "seconds": seconds, **_versions()}
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     return equal
 
@@ -100,7 +105,7 @@ def sweep_cuda() -> bool:
         print(name, "equal" if same else "DIFFERENT", f"{seconds[name]} s")
         equal &= same
     name = torch.cuda.get_device_name()
-    found["devices"][name] = {"equal": equal, "seconds": seconds, "torch": torch.__version__}
+    found["devices"][name] = {"equal": equal, "seconds": seconds, **_versions()}
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     return equal
 

@@ -27,6 +27,6 @@ def test_results_name_machine_versions_and_date() -> None:
     assert len(found) >= 7
     for path in found:
         text = path.read_text()
-        assert re.search(r'"(cpu|gpu|device)": "[^"]{3,}"', text), path.name
+        assert re.search(r'"(cpu|gpu|device)": "[^"]{3,}"|"NVIDIA [^"]+": {', text), path.name
         assert re.search(r'"torch": "\d+\.\d+', text), path.name
         assert re.search(r'"date": "20\d\d-\d\d-\d\d"', text), path.name
