@@ -11,8 +11,8 @@ GPU. Exit 1 where a sum differs.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import datetime
+import hashlib
 import json
 import sys
 import time

@@ -12,7 +12,7 @@ For one query row at position p, over the tokens t <= p of its sequence (c = bin
              t = fma(a', cq, B), whose last bits are the integer k = rint(a' cq) - M;  f = fma(a', cq, B - t)
              E = 2^(k + f)                   ieee.exp2_short
              D = sum rint(E * 2^22)          int64
-             n = fma(E * s_v, g, 12582912) - 12582912, an integer; at most 32639 = 127 * 256 + 127: two int8 planes, or int16
+             n = fma(E * s_v, g, 12582912) - 12582912;  at most 32639: int16, or two int8 planes
              N = sum n * v_t                 int64
              o = div(float(N) * 2^22, float(D) * g)
 
