@@ -53,8 +53,8 @@ def quality_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"SmolLM2-135M, one set of weights, {result['tokens']:,} tokens of five works in `bench/data`, windows of",
-        f"{result['window']:,}. bf16: transformers, every product summed in binary32 and rounded once. The first seed is",
-        "the artefact's own; two more show how much one draw of the rotation matters. 95 % intervals of the mean:",
+        f"{result['window']:,}. bf16: transformers, every product summed in binary32 and rounded once. The first seed",
+        "is the artefact's own; two more show how much one draw of the rotation matters. 95 % intervals of the mean:",
         f"perplexity {texts[0]:+.2f} to {texts[1]:+.2f} %, KL {kl[0]:.4f} to {kl[1]:.4f} over the texts;",
         f"perplexity {draws[0]:+.2f} to {draws[1]:+.2f} % over draws of the rotation;",
         "`bench/quality.py`, [numbers](bench/results/quality-cpu.json).",
