@@ -1,16 +1,11 @@
-"""Where there is no CUDA device the kernels run in Triton's interpreter, which must be chosen before triton loads."""
+"""The helpers of tests/kernels, and what Triton's interpreter says on the way."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
