@@ -58,7 +58,10 @@ def plan(spans: Sequence[Span], heads: int) -> Plan:
     pool = caches[0].pool
     group = heads // pool.kv_heads
     few = max(1, 16 // group)
-    step = max(1, (HOPPER_ROWS if hopper(pool.device) else ROWS) // group)
+    rows = HOPPER_ROWS if hopper(pool.device) else ROWS
+    if group > rows:
+        raise ValueError(f"heads: expected at most {rows} query heads a kv head, got {group}")
+    step = rows // group
     tables: list[int] = []
     long: list[tuple[int, int, int, int]] = []
     short: list[tuple[int, int, int, int, int]] = []

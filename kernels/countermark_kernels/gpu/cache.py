@@ -4,6 +4,9 @@ A pool is k [layers, blocks, kv_heads, BLOCK, d] and v [layers, blocks, kv_heads
 blocks, kv_heads, BLOCK] f32, all zero at first. Values lie with the token last, as an 8-bit operand of a matrix
 product wants them, and each sixteen tokens of a block in the order `value_slot`: that in which the threads that
 compute their weights hold them. Nothing is computed here; sums over tokens are of integers, so their order is free.
+
+A block keeps what its last sequence left, which attention multiplies by zero. Hence scales are finite always: rope.py
+writes no other, not even where it reports an error.
 """
 
 from __future__ import annotations

@@ -38,8 +38,10 @@ def _amax(x1, x2, flag):
 def _quantise(x1, x2, flag):
     """Two halves [N, d/2] -> int8 halves and the scale of each row."""
     top = _amax(x1, x2, flag)
-    flags.report(flag, top >= RANGE_BITS, flags.RANGE)
+    beyond = top >= RANGE_BITS
+    flags.report(flag, beyond, flags.RANGE)
     t, scale = factors(top)
+    scale = tl.where(beyond, 0.0, scale)  # finite even so: it stays in the pool, for other sequences to multiply by 0
     t = t[:, None]
     return ieee.rint_int32(x1 * t).to(tl.int8), ieee.rint_int32(x2 * t).to(tl.int8), scale
 

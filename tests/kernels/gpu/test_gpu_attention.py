@@ -186,6 +186,16 @@ def test_a_score_out_of_range_is_reported() -> None:
         flags.raise_pending(DEVICE)
 
 
+def test_more_heads_than_a_tile_has_rows_are_refused() -> None:
+    for heads in (tiles.ROWS, tiles.HOPPER_ROWS + 1):
+        queries, cpu, gpu = batch(((0, 3), (5, 1)), heads, 1, 64, "random")
+        if heads == tiles.ROWS:
+            assert torch.equal(run(queries, gpu, heads), attend(queries.q, queries.s_q, cpu, layer=LAYER))
+        else:
+            with pytest.raises(ValueError, match="heads"):
+                gpu_attention.plan(gpu, heads)
+
+
 def test_a_copied_prefix_goes_on_alike() -> None:
     heads, kv_heads, d = SHAPES[0]
     queries, _, gpu = batch(((0, 80),), heads, kv_heads, d, "random")

@@ -163,6 +163,20 @@ def test_what_is_not_finite_is_reported(op: str, bad: float | str, place: int) -
     flags.raise_pending(DEVICE)
 
 
+@pytest.mark.parametrize("few", [0, 32])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_error_leaves_finite_scales(bad: float, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's next sequence multiplies what lies past its own tokens by zero."""
+    monkeypatch.setattr(gpu_rope, "FEW", few)
+    cos, sin = rope_tables(8, 64)
+    positions = torch.zeros(2, dtype=torch.int32)
+    there = (t.to(DEVICE) for t in (torch.full((2, 192), bad), positions, cos, sin))
+    found = gpu_rope.dense(*there, heads=1, kv_heads=1, head_dim=64, q_gain=None, k_gain=None, eps=0.0)
+    with pytest.raises(ieee.NumericsError):
+        flags.raise_pending(DEVICE)
+    assert all(torch.isfinite(scale).all() for scale in found[1::2])
+
+
 def _beyond_bfloat16() -> Tensor:
     """silu(64) = 64, so that the product is a binary32 number that rounds to infinity."""
     x = torch.zeros(2, 192)
