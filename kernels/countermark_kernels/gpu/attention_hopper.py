@@ -114,6 +114,13 @@ def _extend(top, bound, s, unit, power, cq):
 
 
 @gluon.jit
+def _ceil(x):
+    """ieee.ceil."""
+    whole = (x + ROUND) - ROUND
+    return gl.where(whole < x, whole + 1.0, whole)
+
+
+@gluon.jit
 def _weights(a, s_v, cq, base, floor, g):
     """E * 2^22 rounded, and the weights n + 128, as int32 patterns with the exponent of the rounding constant."""
     one = gl.full_like(a, 1.0)
@@ -223,10 +230,10 @@ def _consume(
     top = top * cq
     bad = present & ((top >= LIMIT) | (top <= -LIMIT))
     gl.atomic_or(flag + gl.zeros_like(r), gl.zeros_like(r) + 2, mask=bad)
-    top = gl.ceil(top)
+    top = _ceil(top)
     base = ROUND - top
     floor = gl.div_rn(top - 96.0, gl.maximum(cq, TINY))
-    g = P_MAX * ((top - gl.ceil(bound)).to(gl.int32) + 127 << 23).to(gl.float32, bitcast=True)
+    g = P_MAX * ((top - _ceil(bound)).to(gl.int32) + 127 << 23).to(gl.float32, bitcast=True)
 
     total = gl.zeros([M], gl.int64, ROW)
     high = gl.zeros([M, D], gl.int32, VALUE)

@@ -88,8 +88,9 @@ def rint_int32(x):
 
 @triton.jit
 def ceil(x):
-    """The least integer at or above x, exact."""
-    return tl.ceil(x)
+    """The least integer at or above x, for |x| <= 2^22. Triton's own takes a subnormal x for zero."""
+    whole = rint(x)
+    return tl.where(whole < x, whole + 1.0, whole)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ if CUDA:
         "late chunk": ((3000, 200), (4095, 1), (4096, 2)),
         "long decode": ((9000, 1), (511, 1), (512, 1), (1023, 1), (20000, 1)),
     }
-KINDS = ("random", "equal", "zeros", "sink", "scales")
+KINDS = ("random", "equal", "zeros", "sink", "scales", "faint")
 
 
 def tokens(count: int, heads: int, kv_heads: int, d: int, kind: str, seed: int) -> Heads:
@@ -61,6 +61,8 @@ def tokens(count: int, heads: int, kv_heads: int, d: int, kind: str, seed: int) 
         k[::50], k[::50, :, 0], s_k[::50], s_v[::50] = 0, 127, 2.0**6, 2.0**-30
     elif kind == "scales":
         s_q, s_k, s_v = scales(heads, -60, 2), scales(kv_heads, -40, 2), scales(kv_heads, -100, 23.9)
+    elif kind == "faint":  # scores under 2^-126: the least integer above one is 1
+        s_q[:], s_k[:], s_v = 2.0**-70, 2.0**-65, scales(kv_heads, -1, 0)
     return Heads(q=q, s_q=s_q, k=k, s_k=s_k, v=v, s_v=s_v)
 
 
