@@ -29,7 +29,7 @@ KERNEL_NEVER = {
     *("ceil", "sigmoid", "softmax", "fma", "rint", "round", "reduce", "associative_scan", "cumprod", "dot_scaled"),
 }
 """In a Triton kernel these round, fuse, approximate, or sum in an order. gpu/ieee.py alone calls the exact ones."""
-GLUON_MAY = {"gl.div_rn", "gl.fma", "gl.ceil"}
+GLUON_MAY = {"gl.div_rn", "gl.fma"}
 """Correctly rounded or exact, and not to be had from gpu/ieee.py, which is not written in Gluon."""
 KERNEL_SUMS = {"sum": 0, "cumsum": 0, "atomic_add": 1}
 """Free of order over integers only: the operand (which argument) must be asserted to be one in the same function."""
