@@ -43,10 +43,11 @@ class Cache:
         if self._kv is None or self._kv.capacity < tokens:
             old = self._kv
             capacity = FIRST_CAPACITY if old is None else 2 * old.capacity
-            self._kv = self._model.new_kv(max(tokens, min(capacity, self._model.context)))
+            grown = self._model.new_kv(max(tokens, min(capacity, self._model.context)))
             if old is not None:
-                self._kv.copy_prefix(old, keep)
+                grown.copy_prefix(old, keep)
                 old.release()
+            self._kv = grown
         return self._kv
 
     def __del__(self) -> None:

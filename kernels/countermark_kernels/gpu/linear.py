@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import ieee, linear_hopper
+from countermark_kernels.gpu.batch import hopper
 
 ROWS_MAX = 2
 PROGRAM_BYTES = 1 << 15  # weights in the registers of one program of `_rows`
@@ -147,10 +148,6 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def rows(q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
     """y for at most ROWS_MAX rows and a K that is a multiple of 4."""
     count, inputs = q.shape
@@ -202,7 +199,7 @@ def product(
         return y
     if count <= ROWS_MAX and inputs % 4 == 0:
         rows(q, s, w, ws, bias, residual, y)
-    elif _is_hopper(q.device) and inputs % 16 == 0 and not few(count, outputs):
+    elif hopper(q.device) and inputs % 16 == 0 and not few(count, outputs):
         linear_hopper.tiles(q, s, w, ws, bias, residual, y)
     else:
         tiles(q, s, w, ws, bias, residual, y)
