@@ -283,16 +283,17 @@ def _refuse(raw: dict[str, Json]) -> None:
     """Refuse by name what the profile cannot honour."""
     for field, (neutral, what) in _NEUTRAL.items():
         if field in raw and raw[field] not in neutral:
-            raise _unsupported(field, raw[field], what)
+            raise _unsupported(field, raw[field], what, neutral)
     layer_types = raw.get("layer_types")
     if layer_types is not None and set(map(str, _list(layer_types))) - {"full_attention"}:
-        raise _unsupported("layer_types", layer_types, "sliding_window")
+        raise _unsupported("layer_types", layer_types, "sliding_window", ("full_attention",))
     if raw["model_type"] == "llama" and raw.get("sliding_window") is not None:  # the others need use_sliding_window
-        raise _unsupported("sliding_window", raw["sliding_window"], "sliding_window")
+        raise _unsupported("sliding_window", raw["sliding_window"], "sliding_window", (None,))
 
 
-def _unsupported(field: str, value: Json, what: str) -> WeightsError:
-    return WeightsError(f"{field}: not supported: {str(value)[:64]}", code=f"weights.unsupported_{what}")
+def _unsupported(field: str, value: Json, what: str, neutral: tuple[Json, ...]) -> WeightsError:
+    expected = " or ".join("nothing" if known is None else str(known).lower() for known in neutral)
+    return WeightsError(f"{field}: expected {expected}, got {str(value)[:64]}", code=f"weights.unsupported_{what}")
 
 
 def _list(value: Json) -> list[Json]:
@@ -303,12 +304,17 @@ def _rope(raw: dict[str, Json]) -> tuple[float, RopeScaling | None]:
     """theta and scaling, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = [key for key in ("rope_parameters", "rope_scaling") if raw.get(key) is not None]
     if len(given) == 2 and raw[given[0]] != raw[given[1]]:
-        raise _unsupported("rope_parameters, rope_scaling", "both, and they differ", "rope_scaling")
+        raise _unsupported(
+            "rope_parameters, rope_scaling",
+            "both, and they differ",
+            "rope_scaling",
+            ("one of them", "the same in both"),
+        )
     key = given[0] if given else "rope_parameters"
     rope: dict[str, Json] = mapping(raw, key, what=_WHAT) if given else {}
     theta = number(rope, "rope_theta", what=key, default=number(raw, "rope_theta", what=_WHAT, default=_DEFAULT_THETA))
     if rope.get("partial_rotary_factor") not in (None, 1.0):
-        raise _unsupported(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "rope_partial")
+        raise _unsupported(f"{key}.partial_rotary_factor", rope["partial_rotary_factor"], "rope_partial", (None, 1.0))
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     if kind not in _SCALING_KEYS:
         raise WeightsError(
@@ -316,7 +322,7 @@ def _rope(raw: dict[str, Json]) -> tuple[float, RopeScaling | None]:
             code="weights.unsupported_rope_scaling",
         )
     if odd := sorted(rope.keys() - {*_ROPE_KEYS, *_SCALING_KEYS[kind]}):  # also one set of values a layer type
-        raise _unsupported(f"{key}.{odd[0][:64]}", rope[odd[0]], "rope_scaling")
+        raise _unsupported(f"{key}.{odd[0][:64]}", rope[odd[0]], "rope_scaling", (None,))
     if kind == "default":
         return theta, None
     factor = number(rope, "factor", what=key)
