@@ -117,6 +117,9 @@ def parity_lines(result: dict[str, Any]) -> str:
     ]
     if result["drawn_on"] == "host":
         lines.append("Tokens were drawn by the CPU's sampler from the GPU's logits.")
+    lines.append(
+        f"Kernels of digest `{where['kernel_digest'][:16]}`; [what changed since](docs/decisions.md#kernels-on-a-gpu)."
+    )
     lines += [
         f"Driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}, {where['date']};",
         "`bench/parity.py`, [digests](tests/data/parity/exact-v1.json),",
