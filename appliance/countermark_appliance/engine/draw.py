@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from countermark_appliance.engine.step import Row
 from countermark_kernels.fingerprint import encode, fingerprint
-from countermark_kernels.sampler import History, SamplerParams, sample
+from countermark_kernels.sampler import sample
 
-_NO_HISTORY = History()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """What the sampler needs besides logits: the first `length` of `tokens` precede the token to be drawn.
-
-    The first `prompt` of them are the prompt. `length` is also the drawn token's absolute position, the sampler's
-    counter, so that a result does not depend on who else is in the batch.
-    """
-
-    params: SamplerParams
-    tokens: Sequence[int]
-    prompt: int
-    length: int
-
-    @property
-    def history(self) -> History:
-        p = self.params
-        if p.repetition == 1.0 and p.presence == 0.0 and p.frequency == 0.0:
-            return _NO_HISTORY  # nothing reads it, and slicing it for every token of a long answer is not free
-        return History(prompt=self.tokens[: self.prompt], output=self.tokens[self.prompt : self.length])
+__all__ = ["Row", "draw"]
 
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[bytes]]:
