@@ -100,32 +100,45 @@ def attention_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parity_lines(result: dict[str, Any]) -> str:
-    """What the comparison of a GPU with the recorded digests of a CPU found."""
-    where, models, mutant = result["environment"], result["models"], result["mutant"]
-    prompts = sum(m["prompts"] for m in models.values())
-    positions = sum(m["positions"] for m in models.values())
-    differing = sum(m["mismatches"] for m in models.values())
-    roots = sum(m["weights_root_equal"] for m in models.values())
+def parity_lines(results: dict[str, dict[str, Any]]) -> str:
+    """What comparing each GPU with the recorded digests of a CPU found. `results`: by file name.
+
+    One sentence counts the cases of every GPU, so they have to be the same; else ValueError.
+    """
+    sizes = {(len(r["models"]), _summed(r, "prompts"), _summed(r, "positions")) for r in results.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"parity: expected the same cases on every GPU, got {sizes}")
+    ((models, prompts, positions),) = sizes
+    names = " and ".join(r["environment"]["device"] for r in results.values())
+    differing = sum(_summed(r, "mismatches") for r in results.values())
+    roots = sum(m["weights_root_equal"] for r in results.values() for m in r["models"].values())
+    noticed, mutants = (sum(r["mutant"][k] for r in results.values()) for k in ("differ_with_float_sum", "cases"))
     lines = [
-        f"{where['device']} against a CPU: {prompts:,} prompts of 1 to 4,000 tokens on {len(models)} models,",
-        f"the logits of {positions:,} positions, every token and fingerprint: **{differing} differences**,",
-        "in ragged batches on the one side and one by one on the other.",
-        f"{roots} of {len(models)} artefacts built on the second machine had the same root.",
-        "One integer sum replaced by a float sum changed",
-        f"{mutant['differ_with_float_sum']} of {mutant['cases']} answers.",
+        f"{names}, {'each ' if len(results) > 1 else ''}against a CPU: {prompts:,} prompts of 1 to 4,000 tokens on",
+        f"{models} models, the logits of {positions:,} positions, every token and fingerprint:",
+        f"**{differing} differences**, in ragged batches on the one side and one by one on the other.",
+        f"{roots} of {models * len(results)} artefacts built beside the GPU had the CPU's root.",
+        f"One integer sum replaced by a float sum changed {noticed} of {mutants} answers.",
+        "",
     ]
-    if result["drawn_on"] == "host":
-        lines.append("Tokens were drawn by the CPU's sampler from the GPU's logits.")
-    lines.append(
-        f"Kernels of digest `{where['kernel_digest'][:16]}`; [what changed since](docs/decisions.md#kernels-on-a-gpu)."
-    )
+    for name, result in results.items():
+        where = result["environment"]
+        drawn = "on the GPU" if result["drawn_on"] == "device" else "by the CPU's sampler from the GPU's logits"
+        lines += [
+            f"- [{where['device']}](bench/results/{name}): tokens drawn {drawn},",
+            f"  kernels of digest `{where['kernel_digest'][:16]}`, driver {where['driver']},",
+            f"  torch {where['torch']}, Triton {where['triton']}, {where['date']}",
+        ]
     lines += [
-        f"Driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}, {where['date']};",
-        "`bench/parity.py`, [digests](tests/data/parity/exact-v1.json),",
-        "[result](bench/results/parity-nvidia-h100-80gb-hbm3.json).",
+        "",
+        "`bench/parity.py`, [digests](tests/data/parity/exact-v1.json);",
+        "[what changed since](docs/decisions.md#kernels-on-a-gpu).",
     ]
     return "\n".join(lines)
+
+
+def _summed(result: dict[str, Any], field: str) -> int:
+    return sum(model[field] for model in result["models"].values())
 
 
 def rendered() -> dict[str, str]:
@@ -134,7 +147,7 @@ def rendered() -> dict[str, str]:
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),
-        "parity": parity_lines(json.loads((RESULTS / "parity-nvidia-h100-80gb-hbm3.json").read_text())),
+        "parity": parity_lines({p.name: json.loads(p.read_text()) for p in sorted(RESULTS.glob("parity-*.json"))}),
         "quality": quality_table(json.loads((RESULTS / "quality-cpu.json").read_text())),
     }
 

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import readme_tables
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,25 @@ def test_a_changed_figure_is_noticed() -> None:
     figure = f"| {next(iter(speed.values()))['decode b1']['best']:.0f} |"
     assert figure in readme
     assert readme_tables.replaced(readme.replace(figure, "| 999 |")) != readme.replace(figure, "| 999 |")
+
+
+def test_parity_names_every_gpu_and_who_drew() -> None:
+    results = {p.name: json.loads(p.read_text()) for p in (ROOT / "bench" / "results").glob("parity-*.json")}
+    assert len(results) >= 2
+    text = readme_tables.parity_lines(results)
+    for name, result in results.items():
+        assert result["environment"]["device"] in text and name in text
+        assert result["environment"]["kernel_digest"][:16] in text
+    assert text.count("drawn on the GPU") == len(results) and "CPU's sampler" not in text and "0 differences" in text
+
+    on_host = {name: result | {"drawn_on": "host"} for name, result in results.items()}
+    assert "CPU's sampler" in readme_tables.parity_lines(on_host)
+    first, *_ = results.values()
+    first["models"]["qwen3"]["mismatches"] = 3
+    assert "3 differences" in readme_tables.parity_lines(results)
+    first["models"]["qwen3"]["prompts"] -= 1
+    with pytest.raises(ValueError, match="same cases"):
+        readme_tables.parity_lines(results)
 
 
 def test_results_name_machine_versions_and_date() -> None:
