@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from countermark_kernels import attention
-from countermark_kernels.attention import KvCache, Span
+from countermark_kernels.attention import Span
+from countermark_kernels.cache import BLOCK, KvCache, Pool, alone
 from countermark_kernels.gpu import attention as gpu_attention
 from countermark_kernels.gpu import flags
-from countermark_kernels.gpu.cache import BLOCK, PagedCache, Pool
 from countermark_kernels.rope import Heads
 
 HEADS, KV_HEADS, D = 32, 8, 128
@@ -86,7 +86,7 @@ def sdpa(batch: int, queries: int, length: int, layers: int) -> dict[str, float 
     return found
 
 
-def caches_of(batch: int, length: int, layers: int) -> list[PagedCache]:
+def caches_of(batch: int, length: int, layers: int) -> list[KvCache]:
     """Caches full of random tokens."""
     per = math.ceil(length / BLOCK)
     pool = Pool(layers=layers, kv_heads=KV_HEADS, head_dim=D, blocks=batch * per, device=DEVICE)
@@ -94,8 +94,7 @@ def caches_of(batch: int, length: int, layers: int) -> list[PagedCache]:
         x.random_(-127, 128)
     pool.s_k.uniform_(0.01, 0.03)
     pool.s_v.uniform_(0.01, 0.02)
-    pool.free = [pool.free[i] for i in torch.randperm(len(pool.free)).tolist()]
-    return [PagedCache(pool, length) for _ in range(batch)]
+    return [KvCache(pool, blocks) for blocks in torch.randperm(batch * per).reshape(batch, per).tolist()]
 
 
 def queries_of(rows: int) -> tuple[Tensor, Tensor]:
@@ -104,17 +103,15 @@ def queries_of(rows: int) -> tuple[Tensor, Tensor]:
     return q, torch.rand(rows, HEADS, device=DEVICE) * 0.02 + 0.01
 
 
-def exact(q: Tensor, s_q: Tensor, cache: PagedCache, position: int, got: Tensor) -> bool:
+def exact(q: Tensor, s_q: Tensor, cache: KvCache, position: int, got: Tensor) -> bool:
     """Whether one row, the token at `position`, is the CPU's."""
     count = position + 1
     k, v = (
         torch.stack([part(0, head, count) for head in range(KV_HEADS)], 1).cpu() for part in (cache.keys, cache.values)
     )
-    s_k, s_v = (
-        x[0, cache.blocks].transpose(1, 2).reshape(-1, KV_HEADS)[:count].contiguous().cpu()
-        for x in (cache.pool.s_k, cache.pool.s_v)
-    )
-    on_cpu = KvCache(layers=1, kv_heads=KV_HEADS, head_dim=D, capacity=count)
+    scales = [cache.scales(0, head, count) for head in range(KV_HEADS)]
+    s_k, s_v = (torch.stack(parts, 1).cpu() for parts in zip(*scales, strict=True))
+    on_cpu = alone(layers=1, kv_heads=KV_HEADS, head_dim=D, capacity=count)
     on_cpu.append(0, Heads(q=k, s_q=s_k, k=k, s_k=s_k, v=v, s_v=s_v), 0, count, 0)
     span = Span(cache=on_cpu, start=0, end=1, position=position)
     return torch.equal(attention.attend(q[None].cpu(), s_q[None].cpu(), [span], layer=0)[0], got.cpu())

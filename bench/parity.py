@@ -91,7 +91,7 @@ class Answer:
         self.ids = list(case.prompt)
         self.marks: list[bytes] = []
         self.done = 0
-        self._cache = model.new_cache()
+        self._cache = model.new_cache(len(case.prompt) + case.tokens)
         self._hash = blake3(max_threads=blake3.AUTO)
 
     def chunk(self, most: int) -> Chunk:

@@ -133,7 +133,7 @@ def _bf16_linear(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def ours(model: Model, ids: list[int]) -> Tensor:
-    return model.forward([Chunk(cache=model.new_cache(), start=0, tokens=ids, logits=len(ids))])
+    return model.forward([Chunk(cache=model.new_cache(len(ids)), start=0, tokens=ids, logits=len(ids))])
 
 
 def with_seed(artefact: weights.Artefact, seed: int) -> weights.Artefact:

@@ -31,7 +31,6 @@ keep the sums of both int8 planes within int32.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +39,11 @@ import torch
 from torch import Tensor
 
 from countermark_kernels import ieee
-from countermark_kernels.binding import CSpan, check, gpu, native
+from countermark_kernels.binding import check, gpu, native
+from countermark_kernels.cache import KvCache, native_spans
 from countermark_kernels.linear import chunked_product, split
-from countermark_kernels.rope import HEAD_SIZES, Heads
 
 CONTEXT_MAX = 131_072
-TOKEN_BLOCK = 16
 P_MAX = 32512
 LAMBDA_MIN = -40
 SCORE_LIMIT = 2.0**14
@@ -56,88 +54,6 @@ _QUERY_BLOCK = 128
 
 SCORE_CONSTANTS = {64: float.fromhex("0x1.715476p-9"), 128: float.fromhex("0x1.0527dcp-10")}
 """binary32(log2(e) / (d sqrt d)), c of the formulas above, for each head size."""
-
-
-class KvCache:
-    """Keys and values of one sequence, every layer, for up to `capacity` tokens (rounded up to a multiple of 16).
-
-    Layouts: k [layers, kv_heads, capacity/16, d/4, 16, 4] int8: 16 tokens by 4 channels make 64 contiguous bytes, the
-    operand of an int8 dot product instruction; v [layers, kv_heads, capacity/2, d, 2] int8: token pairs; s_k, s_v
-    [layers, kv_heads, capacity] f32. Rows past the last append hold anything; attention never reads them into a result.
-    """
-
-    __slots__ = ("capacity", "head_dim", "k", "kv_heads", "layers", "s_k", "s_v", "v")
-
-    def __init__(self, *, layers: int, kv_heads: int, head_dim: int, capacity: int) -> None:
-        if not 1 <= capacity <= CONTEXT_MAX:
-            raise ieee.NumericsError(
-                f"context: expected 1..{CONTEXT_MAX} tokens, got {capacity}", code="numerics.context"
-            )
-        if head_dim not in HEAD_SIZES:
-            raise ValueError(f"head_dim: expected 64 or 128, got {head_dim}")
-        blocks = (capacity + TOKEN_BLOCK - 1) // TOKEN_BLOCK
-        self.layers, self.kv_heads, self.head_dim, self.capacity = layers, kv_heads, head_dim, blocks * TOKEN_BLOCK
-        self.k = torch.zeros(layers, kv_heads, blocks, head_dim // 4, TOKEN_BLOCK, 4, dtype=torch.int8)
-        self.v = torch.zeros(layers, kv_heads, self.capacity // 2, head_dim, 2, dtype=torch.int8)
-        self.s_k = torch.zeros(layers, kv_heads, self.capacity)
-        self.s_v = torch.zeros(layers, kv_heads, self.capacity)
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the four tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.s_k, self.s_v))
-
-    def append(self, layer: int, heads: Heads, start: int, end: int, position: int) -> None:
-        """Write rows start..end of `heads` as the tokens position, position + 1, ... of `layer`."""
-        check("k", heads.k, torch.int8, (None, self.kv_heads, self.head_dim))
-        check("v", heads.v, torch.int8, (heads.k.shape[0], self.kv_heads, self.head_dim))
-        check("s_k", heads.s_k, torch.float32, (heads.k.shape[0], self.kv_heads))
-        check("s_v", heads.s_v, torch.float32, (heads.k.shape[0], self.kv_heads))
-        stop = position + end - start
-        if not (0 <= start <= end <= heads.k.shape[0] and position >= 0 and stop <= self.capacity):
-            raise ValueError(f"rows: expected to fit a capacity of {self.capacity}, got {position}..{stop}")
-        library = native()
-        if library is not None:
-            span = self.native_span(layer, start, end, position)
-            rows = (heads.k, heads.s_k, heads.v, heads.s_v)
-            library.call("cm_append", ctypes.byref(span), self.kv_heads, self.head_dim, *(x.data_ptr() for x in rows))
-            return
-        tokens = torch.arange(position, stop)
-        k = heads.k[start:end].transpose(0, 1).reshape(self.kv_heads, end - start, self.head_dim // 4, 4)
-        self.k[layer][:, tokens // TOKEN_BLOCK, :, tokens % TOKEN_BLOCK] = k.transpose(0, 1)
-        self.v[layer][:, tokens // 2, :, tokens % 2] = heads.v[start:end]
-        self.s_k[layer, :, position:stop] = heads.s_k[start:end].T
-        self.s_v[layer, :, position:stop] = heads.s_v[start:end].T
-
-    def release(self) -> None:
-        """The cache is not used any more. Nothing to do here: its memory goes with it; gpu/cache.py's is shared."""
-
-    def native_span(self, layer: int, start: int, end: int, position: int) -> CSpan:
-        """struct cm_span for rows start..end at `position` of `layer`."""
-        if not 0 <= layer < self.layers:
-            raise ValueError(f"layer: expected 0..{self.layers - 1}, got {layer}")
-        tensors = (self.k, self.v, self.s_k, self.s_v)
-        return CSpan(start, end, position, self.capacity, *(x[layer].data_ptr() for x in tensors))
-
-    def keys(self, layer: int, head: int, tokens: int) -> Tensor:
-        """The first `tokens` keys of a head as [tokens, d] int8."""
-        return self.k[layer, head].transpose(1, 2).reshape(self.capacity, self.head_dim)[:tokens]
-
-    def values(self, layer: int, head: int, tokens: int) -> Tensor:
-        """The first `tokens` values of a head as [tokens, d] int8."""
-        return self.v[layer, head].transpose(1, 2).reshape(self.capacity, self.head_dim)[:tokens]
-
-    def copy_prefix(self, source: KvCache, tokens: int) -> None:
-        """Take over the first `tokens` tokens of `source`, a cache of the same shape but for its capacity."""
-        if (source.layers, source.kv_heads, source.head_dim) != (self.layers, self.kv_heads, self.head_dim):
-            raise ValueError("source: expected a cache of the same layers, kv_heads and head_dim, got another")
-        if not 0 <= tokens <= min(self.capacity, source.capacity):
-            raise ValueError(f"tokens: expected 0..{min(self.capacity, source.capacity)}, got {tokens}")
-        blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
-        self.k[:, :, :blocks] = source.k[:, :, :blocks]
-        self.v[:, :, : blocks * 8] = source.v[:, :, : blocks * 8]
-        self.s_k[:, :, :tokens] = source.s_k[:, :, :tokens]
-        self.s_v[:, :, :tokens] = source.s_v[:, :, :tokens]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -196,41 +112,54 @@ def attend(q: Tensor, s_q: Tensor, spans: Sequence[Span], *, layer: int) -> Tens
     result = torch.empty(rows, heads, head_dim, device=q.device)
     library = native()
     if library is not None and spans:
-        calls = (CSpan * len(spans))(*(x.cache.native_span(layer, x.start, x.end, x.position) for x in spans))
-        sizes = (len(spans), heads, spans[0].cache.kv_heads, head_dim, SCORE_CONSTANTS[head_dim])
+        calls, _held = native_spans([(x.cache, x.start, x.end, x.position) for x in spans], layer)
+        sizes = (len(spans), heads, spans[0].cache.pool.kv_heads, head_dim, SCORE_CONSTANTS[head_dim])
         library.call("cm_attend", calls, *sizes, q.data_ptr(), s_q.data_ptr(), result.data_ptr())
         return result.reshape(rows, heads * head_dim)
     for span in spans:
-        group = heads // span.cache.kv_heads
-        for kv_head in range(span.cache.kv_heads):
+        kv_heads = span.cache.pool.kv_heads
+        group = heads // kv_heads
+        for kv_head in range(kv_heads):
             mine = slice(kv_head * group, (kv_head + 1) * group)
             for start in range(span.start, span.end, _QUERY_BLOCK):
                 end = min(start + _QUERY_BLOCK, span.end)
                 length = span.position + end - span.start
                 positions = torch.arange(length - (end - start), length).repeat_interleave(group)
+                s_k, s_v = span.cache.scales(layer, kv_head, length)
                 result[start:end, mine] = reference(
                     q[start:end, mine].reshape(-1, head_dim),
                     s_q[start:end, mine].reshape(-1),
                     positions,
                     k=span.cache.keys(layer, kv_head, length),
-                    s_k=span.cache.s_k[layer, kv_head, :length],
+                    s_k=s_k,
                     v=span.cache.values(layer, kv_head, length),
-                    s_v=span.cache.s_v[layer, kv_head, :length],
+                    s_v=s_v,
                 ).reshape(end - start, group, head_dim)
     return result.reshape(rows, heads * head_dim)
 
 
 def check_spans(spans: Sequence[Span], rows: int, heads: int, head_dim: int) -> None:
-    """Raise ValueError unless the spans tile rows 0..`rows` and their caches fit the heads and the positions."""
+    """Raise ValueError unless the spans tile rows 0..`rows` and their caches fit the heads and the positions.
+
+    Raises NumericsError `numerics.context` past CONTEXT_MAX tokens.
+    """
     at = 0
     for span in spans:
-        cache = span.cache
+        pool, tokens = span.cache.pool, span.position + span.end - span.start
         if span.start != at or span.end <= span.start:
             raise ValueError(f"spans: expected one that starts at row {at}, got {span.start}..{span.end}")
-        if cache.head_dim != head_dim or heads % cache.kv_heads or cache.kv_heads != spans[0].cache.kv_heads:
+        if pool.head_dim != head_dim or heads % pool.kv_heads or pool.kv_heads != spans[0].cache.pool.kv_heads:
             raise ValueError(f"spans: expected a cache for {heads} heads of {head_dim}, got another")
-        if span.position < 0 or span.position + span.end - span.start > cache.capacity:
-            raise ValueError(f"spans: expected positions within {cache.capacity}, got {span.position}")
+        if tokens > CONTEXT_MAX:
+            raise ieee.NumericsError(
+                f"context: expected at most {CONTEXT_MAX} tokens, got {tokens}", code="numerics.context"
+            )
+        if span.position < 0 or tokens > span.cache.capacity:
+            raise ValueError(
+                f"spans: expected tokens within the {span.cache.capacity} of the cache's blocks, "
+                f"got {span.position}..{tokens}"
+            )
+        span.cache.table(tokens)
         at = span.end
     if at != rows:
         raise ValueError(f"spans: expected to cover {rows} rows, got {at}")

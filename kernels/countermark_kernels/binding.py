@@ -37,8 +37,8 @@ class CSpan(ctypes.Structure):
     """struct cm_span."""
 
     _fields_ = (
-        *((name, _I64) for name in ("start", "end", "position", "capacity")),
-        *((name, _PTR) for name in ("k", "v", "s_k", "s_v")),
+        *((name, _I64) for name in ("start", "end", "position", "stride")),
+        *((name, _PTR) for name in ("table", "k", "v", "s_k", "s_v")),
     )
 
 

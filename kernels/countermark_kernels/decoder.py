@@ -22,7 +22,8 @@ from torch import Tensor
 
 from countermark_kernels.activation import swiglu_quantise
 from countermark_kernels.attention import SCORE_CONSTANTS, Span, attend, check_spans
-from countermark_kernels.binding import CDecoder, CLayer, CSpan, check, gpu, native, pointer
+from countermark_kernels.binding import CDecoder, CLayer, check, gpu, native, pointer
+from countermark_kernels.cache import native_spans
 from countermark_kernels.linear import Weight, linear
 from countermark_kernels.norm import check_eps, norm_quantise
 from countermark_kernels.quantise import quantise
@@ -103,7 +104,7 @@ class Decoder:
         check_spans(spans, x.shape[0], self.heads, self.head_dim)
         if any(s.position + s.end - s.start > self.cos.shape[0] for s in spans):
             raise ValueError(f"spans: expected positions within {self.cos.shape[0]}, got more")
-        if any((s.cache.kv_heads, s.cache.layers) != (self.kv_heads, len(self.layers)) for s in spans):
+        if any((s.cache.pool.kv_heads, s.cache.pool.layers) != (self.kv_heads, len(self.layers)) for s in spans):
             raise ValueError(
                 f"spans: expected caches of {len(self.layers)} layers by {self.kv_heads} heads, got others"
             )
@@ -118,7 +119,7 @@ class Decoder:
         library = native()
         if library is not None and self._native is not None:
             x = x.clone()
-            calls = (CSpan * len(spans))(*(s.cache.native_span(0, s.start, s.end, s.position) for s in spans))
+            calls, _held = native_spans([(s.cache, s.start, s.end, s.position) for s in spans])
             rows = (x.data_ptr(), x.shape[0], positions.data_ptr())
             library.call("cm_decode", ctypes.byref(self._native), *rows, calls, len(spans))
             return x

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from countermark_kernels import activation, attention, fingerprint, ieee, linear, norm, quantise, rope, sampler
+from countermark_kernels import activation, attention, cache, fingerprint, ieee, linear, norm, quantise, rope, sampler
 
 _EPS = ieee.f32(1e-5)
 
@@ -74,11 +74,11 @@ def _attention() -> bool:
         v=torch.full((tokens, 2, 64), 127, dtype=torch.int8),
         s_v=pattern(tokens, 2, seed=17).abs(),
     )
-    cache = attention.KvCache(layers=1, kv_heads=2, head_dim=64, capacity=tokens)
-    cache.append(0, heads, 0, tokens, 0)
+    kept = cache.alone(layers=1, kv_heads=2, head_dim=64, capacity=tokens)
+    kept.append(0, heads, 0, tokens, 0)
     first = tokens - rows
     q, s_q = heads.q[first:].contiguous(), heads.s_q[first:].contiguous()
-    span = attention.Span(cache=cache, start=0, end=rows, position=first)
+    span = attention.Span(cache=kept, start=0, end=rows, position=first)
     got = attention.attend(q, s_q, [span], layer=0).reshape(rows, 4, 64)
     for head in range(4):
         kv = head // 2

@@ -61,7 +61,7 @@ class Pair:
         build(folder / "tiny", folder / "out")
         ours = Model(load(folder / "out"))
         self.ids = torch.randint(0, ours.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(2))
-        chunk = Chunk(cache=ours.new_cache(), start=0, tokens=self.ids[0].tolist(), logits=TOKENS)
+        chunk = Chunk(cache=ours.new_cache(TOKENS), start=0, tokens=self.ids[0].tolist(), logits=TOKENS)
         self.logits = ours.forward([chunk]).double()
         self.model = model.double().requires_grad_(False)
 

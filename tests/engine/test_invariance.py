@@ -75,7 +75,7 @@ def test_cancelling_a_neighbour_changes_nothing(engine: Engine) -> None:
 
 
 def chunked(model: Model, tokens: list[int], cuts: list[int], *, neighbour: bool) -> list[bytes]:
-    cache, other = model.new_cache(), model.new_cache()
+    cache, other = model.new_cache(len(tokens)), model.new_cache(len(tokens))
     marks: list[bytes] = []
     for start_, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
         chunks = [Chunk(cache=cache, start=start_, tokens=tokens[start_:end], logits=end - start_)]
@@ -90,7 +90,7 @@ def chunked(model: Model, tokens: list[int], cuts: list[int], *, neighbour: bool
 def test_any_chunking_and_token_by_token_give_the_same_logits(architecture: str) -> None:
     model = Model(TinyArtefact(architecture))
     rng = random.Random(5)
-    tokens = [rng.randrange(model.vocab) for _ in range(300)]  # past the first capacity, so the cache grows
+    tokens = [rng.randrange(model.vocab) for _ in range(300)]  # several blocks
     whole = chunked(model, tokens, [], neighbour=False)
     assert len(set(whole)) == len(tokens)
     assert chunked(model, tokens, list(range(1, 300)), neighbour=False) == whole

@@ -50,7 +50,7 @@ def logits_of(artefact: TinyArtefact, *prompts: tuple[int, ...]) -> Tensor:
 
     def compute() -> Tensor:
         model = Model(artefact)
-        chunks = [Chunk(cache=model.new_cache(), start=0, tokens=p, logits=len(p)) for p in prompts]
+        chunks = [Chunk(cache=model.new_cache(len(p)), start=0, tokens=p, logits=len(p)) for p in prompts]
         return model.forward(chunks)
 
     return on_every_back_end(compute)
@@ -133,7 +133,7 @@ def test_a_zero_embedding_gives_zero_logits(zero: float) -> None:
     for seed in range(6):
         assert sampled(logits, temperature=0.7, seed=seed) == uniform_draw(VOCAB, position=5, seed=seed)
     model = Model(artefact)
-    chunk = Chunk(cache=model.new_cache(), start=0, tokens=(ODD,), logits=1)
+    chunk = Chunk(cache=model.new_cache(1), start=0, tokens=(ODD,), logits=1)
     greedy = Row(params=resolve_sampling(vocab=VOCAB, seed=0).kernel_params(), tokens=[ODD], prompt=1, length=1)
     assert draw(model.forward([chunk]), [greedy]) == ([0], [bytes(16)])
 
@@ -195,7 +195,7 @@ def test_every_magnitude_is_computed_or_refused_alike(power: int) -> None:
         with launch.forced(backend="torch") if backend == "torch" else launch.forced(isa=backend):
             model = Model(artefact)
             with pytest.raises(NumericsError) as caught:
-                model.forward([Chunk(cache=model.new_cache(), start=0, tokens=(ODD,), logits=1)])
+                model.forward([Chunk(cache=model.new_cache(1), start=0, tokens=(ODD,), logits=1)])
             assert caught.value.code == "numerics.range"
 
 
@@ -210,7 +210,7 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
         with launch.forced(backend="torch") if backend == "torch" else launch.forced(isa=backend):
             model = Model(artefact)
             with pytest.raises(NumericsError) as caught:
-                model.forward([Chunk(cache=model.new_cache(), start=0, tokens=(3, ODD), logits=1)])
+                model.forward([Chunk(cache=model.new_cache(2), start=0, tokens=(3, ODD), logits=1)])
             assert caught.value.code == "numerics.not_finite"
 
 

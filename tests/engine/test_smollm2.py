@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import resource
+from pathlib import Path
 
 import pytest
 from driver import run, some_prompt, some_request
@@ -82,12 +84,17 @@ def test_close_to_fp32(artefact: Artefact) -> None:
     assert abs(found.perplexity_percent) < 4
 
 
-def test_caches_grow_by_need(artefact: Artefact) -> None:
-    """Sixteen sequences in a context of 8,192 must not cost sixteen times 8,192 tokens of memory up front."""
+def test_a_pool_takes_memory_by_need(artefact: Artefact) -> None:
+    """Room for sixteen sequences of 8,192 tokens is 1.6 GB, none of which is taken before it is written."""
     model = Model(artefact)
-    cache = model.new_cache()
-    assert cache.size_bytes == 0
-    cache.reserve(10, 0)
-    assert cache.size_bytes < 5_000_000
-    cache.reserve(8192, 10)
-    assert cache.size_bytes < 120_000_000
+    before = resident_bytes()
+    cache = model.new_cache(8192)
+    assert model.pool.size_bytes > 1_500_000_000
+    assert resident_bytes() < before + 100_000_000
+    model.pool.k[cache.blocks] = 1
+    assert before + 45_000_000 < resident_bytes() < before + 150_000_000
+
+
+def resident_bytes() -> int:
+    """Memory that this process has in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

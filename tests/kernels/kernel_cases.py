@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from countermark_kernels import attention, hadamard, ieee, launch, linear
+from countermark_kernels import cache as caches
+from countermark_kernels import hadamard, ieee, launch, linear
 from countermark_kernels.decoder import Decoder, Layer
 
 EPS = ieee.f32(1e-5)
@@ -105,8 +106,8 @@ class TinyModel:
             sin=self.sin,
         )
 
-    def cache(self, capacity: int | None = None) -> attention.KvCache:
+    def cache(self, capacity: int | None = None) -> caches.KvCache:
         """An empty cache."""
-        return attention.KvCache(
+        return caches.alone(
             layers=self.layers, kv_heads=self.kv_heads, head_dim=self.head_dim, capacity=capacity or self.context
         )

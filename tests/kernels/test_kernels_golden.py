@@ -16,6 +16,7 @@ from kernel_cases import BACKENDS, EPS, on
 from torch import Tensor
 
 from countermark_kernels import PROFILE, activation, attention, fingerprint, ieee, linear, norm, quantise, rope, sampler
+from countermark_kernels.cache import alone
 from countermark_kernels.selftest import pattern
 
 
@@ -51,7 +52,7 @@ def _attention() -> tuple[Tensor, ...]:
         v=_int8(41, 2, 64, seed=37),
         s_v=pattern(41, 2, seed=38).abs(),
     )
-    cache = attention.KvCache(layers=1, kv_heads=2, head_dim=64, capacity=41)
+    cache = alone(layers=1, kv_heads=2, head_dim=64, capacity=41)
     cache.append(0, heads, 0, 41, 0)
     return (attention.attend(heads.q, heads.s_q, [attention.Span(cache=cache, start=0, end=41, position=0)], layer=0),)
 
@@ -67,7 +68,7 @@ def _long_attention() -> tuple[Tensor, ...]:
         v=_int8(tokens, 1, 128, seed=54),
         s_v=pattern(tokens, 1, seed=55).abs(),
     )
-    cache = attention.KvCache(layers=1, kv_heads=1, head_dim=128, capacity=tokens)
+    cache = alone(layers=1, kv_heads=1, head_dim=128, capacity=tokens)
     cache.append(0, heads, 0, tokens, 0)
     first = tokens - rows
     span = attention.Span(cache=cache, start=0, end=rows, position=first)

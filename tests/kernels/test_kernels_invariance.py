@@ -95,29 +95,6 @@ def test_same_bits(expected: Tensor, backend: str, name: str) -> None:
         assert torch.equal(logits_of(WAYS[name]), expected)
 
 
-def test_prefix_of_another_cache(expected: Tensor) -> None:
-    decoder = MODEL.decoder()
-    first = MODEL.cache()
-    decoder.forward(EMBEDDED[:20].contiguous(), [attention.Span(cache=first, start=0, end=20, position=0)])
-    second = MODEL.cache(64)
-    second.copy_prefix(first, 17)
-    rest = EMBEDDED[17:].contiguous()
-    x = decoder.forward(rest, [attention.Span(cache=second, start=0, end=TOKENS - 17, position=17)])
-    assert torch.equal(decoder.logits(x), expected[17:])
-
-
-def test_stale_cache_rows_do_not_matter(expected: Tensor) -> None:
-    """A cache that held another sequence, as after a preemption."""
-    decoder = MODEL.decoder()
-    cache = MODEL.cache()
-    cache.k.fill_(-77)
-    cache.v.fill_(99)
-    cache.s_k.fill_(torch.finfo(torch.float32).max)
-    cache.s_v.fill_(torch.inf)
-    x = decoder.forward(EMBEDDED.clone(), [attention.Span(cache=cache, start=0, end=TOKENS, position=0)])
-    assert torch.equal(decoder.logits(x), expected)
-
-
 def _float_sum_rms(x: Tensor, amax: Tensor, eps: float) -> Tensor:
     """RMSNorm as everyone writes it: a sum of floats, whose order follows the shape of the batch."""
     squares = x * x

@@ -10,6 +10,7 @@ from kernel_cases import BACKENDS, EPS, floats, hadamard_matrix, int8s, on, rope
 from torch import Tensor
 
 from countermark_kernels import activation, attention, hadamard, ieee, linear, norm, quantise, rope
+from countermark_kernels.cache import alone
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -170,7 +171,7 @@ def test_attention(backend: str, head_dim: int, heads: int, kv_heads: int) -> No
     tokens = 75
     made = _heads(tokens, heads, kv_heads, head_dim)
     with on(backend):
-        cache = attention.KvCache(layers=2, kv_heads=kv_heads, head_dim=head_dim, capacity=tokens)
+        cache = alone(layers=2, kv_heads=kv_heads, head_dim=head_dim, capacity=tokens)
         cache.append(1, made, 0, tokens, 0)
         span = attention.Span(cache=cache, start=0, end=tokens, position=0)
         got = attention.attend(made.q, made.s_q, [span], layer=1).reshape(tokens, heads, head_dim)
@@ -215,7 +216,7 @@ def test_attention_with_uneven_and_zero_values(backend: str) -> None:
     made = rope.Heads(q=made.q, s_q=made.s_q, k=made.k, s_k=made.s_k, v=v, s_v=s_v)
     for s_k in (made.s_k, torch.zeros_like(made.s_k)):
         with on(backend):
-            cache = attention.KvCache(layers=1, kv_heads=1, head_dim=64, capacity=tokens)
+            cache = alone(layers=1, kv_heads=1, head_dim=64, capacity=tokens)
             filled = rope.Heads(q=made.q, s_q=made.s_q, k=made.k, s_k=s_k, v=v, s_v=s_v)
             cache.append(0, filled, 0, tokens, 0)
             last = slice(tokens - 3, tokens)
@@ -239,7 +240,7 @@ def test_attention_refuses_overflow(backend: str) -> None:
     made = _heads(4, 2, 1, 64)
     huge = rope.Heads(q=made.q, s_q=made.s_q * 2.0**100, k=made.k, s_k=made.s_k * 2.0**100, v=made.v, s_v=made.s_v)
     with on(backend):
-        cache = attention.KvCache(layers=1, kv_heads=1, head_dim=64, capacity=4)
+        cache = alone(layers=1, kv_heads=1, head_dim=64, capacity=4)
         cache.append(0, huge, 0, 4, 0)
         span = attention.Span(cache=cache, start=0, end=4, position=0)
         with pytest.raises(ieee.NumericsError) as caught:
@@ -267,12 +268,6 @@ def test_heads_are_bounded(backend: str, part: int, magnitude: float, refused: b
 def test_score_constants() -> None:
     for head_dim, constant in attention.SCORE_CONSTANTS.items():
         assert constant == ieee.f32(math.log2(math.e) / (head_dim * math.sqrt(head_dim)))
-
-
-def test_context_limit() -> None:
-    with pytest.raises(ieee.NumericsError) as caught:
-        attention.KvCache(layers=1, kv_heads=1, head_dim=64, capacity=131_073)
-    assert caught.value.code == "numerics.context"
 
 
 @backends

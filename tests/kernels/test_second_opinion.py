@@ -293,7 +293,7 @@ def test_hadamard(second: SecondOpinion) -> None:
 
 
 def product(model: Model, tokens: Sequence[int]) -> Tensor:
-    chunk = Chunk(cache=model.new_cache(), start=0, tokens=list(tokens), logits=len(tokens))
+    chunk = Chunk(cache=model.new_cache(len(tokens)), start=0, tokens=list(tokens), logits=len(tokens))
     return model.forward([chunk])
 
 

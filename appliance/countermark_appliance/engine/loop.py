@@ -113,7 +113,7 @@ class Loop:
         for work in works:
             s = work.sequence
             if s.cache is None:
-                s.cache = self._model.new_cache()
+                s.cache = self._model.new_cache(len(s.prepared.prompt_tokens) + s.prepared.max_tokens)
             tokens = s.tokens[s.computed : s.computed + work.count]
             chunks.append(Chunk(cache=s.cache, start=s.computed, tokens=tokens, logits=1 if work.samples else 0))
         logits = self._model.forward(chunks)

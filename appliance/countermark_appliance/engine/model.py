@@ -10,49 +10,47 @@ Not checked here: that the artefact's rotations fit the online ones; builder and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from countermark_appliance.engine.blocks import Blocks
 from countermark_appliance.engine.weights import Artefact
-from countermark_kernels.attention import KvCache, Span
+from countermark_kernels.attention import Span
 from countermark_kernels.binding import gpu
+from countermark_kernels.cache import BLOCK, KvCache, Pool
 from countermark_kernels.decoder import Decoder, Layer
 from countermark_kernels.linear import Weight, prepare
 
-FIRST_CAPACITY = 256
+BATCH_SEQUENCES, BATCH_CONTEXT = 16, 8192
+"""On a CPU the pool has room for one sequence of the whole context, and for 16 of it or of 8,192 tokens."""
 POOL_TOKENS = 1 << 20
-"""On a GPU all sequences share memory for at most so many tokens, or for as many as half of its free memory holds."""
+"""On a GPU the pool holds at most so many tokens, or as many as half of its free memory has room for."""
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # what torch's CPU allocator says
 
 
-class Cache:
-    """Keys and values of one sequence; grows by need, so that memory follows tokens, not the context's length."""
+class Cache(KvCache):
+    """Keys and values of one sequence, in blocks of its own; `close`, or being collected, gives them back."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._kv: KvCache | None = None
+    __slots__ = ("_owner",)
 
-    @property
-    def size_bytes(self) -> int:
-        return 0 if self._kv is None else self._kv.size_bytes
+    def __init__(self, pool: Pool, owner: Blocks, tokens: int) -> None:
+        super().__init__(pool)
+        self._owner = owner
+        self.blocks = owner.take((tokens + BLOCK - 1) // BLOCK)
 
-    def reserve(self, tokens: int, keep: int) -> KvCache:
-        """Room for `tokens` tokens, of which the first `keep` are already written."""
-        if self._kv is None or self._kv.capacity < tokens:
-            old = self._kv
-            capacity = FIRST_CAPACITY if old is None else 2 * old.capacity
-            grown = self._model.new_kv(max(tokens, min(capacity, self._model.context)))
-            if old is not None:
-                grown.copy_prefix(old, keep)
-                old.release()
-            self._kv = grown
-        return self._kv
+    def close(self) -> None:
+        """Give the blocks back: the cache holds nothing from then on. Idempotent."""
+        numbers, self.blocks = self.blocks, []
+        self._owner.give(numbers)
 
     def __del__(self) -> None:
-        if self._kv is not None:
-            self._kv.release()
+        self.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +60,26 @@ class Chunk:
     `logits`: of how many of its last tokens the logits are wanted.
     """
 
-    cache: Cache
+    cache: KvCache
     start: int
     tokens: Sequence[int]
     logits: int
 
 
 class Model:
-    """The tensors of one artefact, ready to run on `device`. Not thread-safe: one thread calls `forward`."""
+    """The tensors of one artefact, ready to run on `device`, and the pool of its keys and values.
+
+    Not thread-safe: one thread calls `forward`.
+    """
 
     def __init__(self, artefact: Artefact, device: str = "cpu") -> None:
         self._config = artefact.config
-        self._device = torch.empty(0, device=device).device  # with its index
-        self._pool: object = None  # gpu.cache.Pool, made with the first cache
+        self.device = torch.empty(0, device=device).device  # with its index
+        self._pool: tuple[Pool, Blocks] | None = None
         c = self._config
 
         def tensor(name: str) -> Tensor:
-            return artefact.tensor(name).to(self._device)
+            return artefact.tensor(name).to(self.device)
 
         def weight(name: str) -> Weight:
             return prepare(tensor(name), tensor(f"{name}.scale"))
@@ -121,45 +122,95 @@ class Model:
         """What the linear layers compute with, and what they were made from."""
         return f"w8a8 from {self._config.source.format}"
 
-    def new_cache(self) -> Cache:
-        return Cache(self)
-
-    def new_kv(self, capacity: int) -> KvCache:
-        """A cache for `capacity` tokens where the model is. Raises `MemoryError` where there is no room."""
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block of the pool."""
         c = self._config
-        shape = {"layers": c.layers, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        if self._device.type == "cpu":
-            return KvCache(**shape, capacity=capacity)
-        paged = gpu("cache")
+        return Pool.block_bytes(layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+
+    @property
+    def pool(self) -> Pool:
+        """The keys and values of all sequences; made on first use where `size_pool` was not called before."""
+        return self._made()[0]
+
+    @property
+    def blocks(self) -> Blocks:
+        """Who holds which block of the pool."""
+        return self._made()[1]
+
+    def size_pool(self, blocks: int) -> None:
+        """Make the pool, of so many blocks, block 0 included. Raises MemoryError; ValueError where there is one."""
+        if self._pool is not None:
+            raise ValueError("size_pool: expected no pool yet, got a second call")
+        c = self._config
+        owner = Blocks(blocks)
+        with _memory_errors():
+            pool = Pool(layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim, blocks=blocks, device=self.device)
+        self._pool = pool, owner
+
+    def new_cache(self, tokens: int) -> Cache:
+        """A cache for `tokens` tokens in blocks of its own. Raises MemoryError where the pool has not so many."""
+        return Cache(self.pool, self.blocks, tokens)
+
+    def _made(self) -> tuple[Pool, Blocks]:
         if self._pool is None:
-            room = torch.cuda.mem_get_info(self._device)[0] // 2
-            tokens = min(POOL_TOKENS, room // (c.layers * c.kv_heads * (2 * c.head_dim + 8)))
-            self._pool = paged.Pool(**shape, blocks=tokens // paged.BLOCK, device=self._device)
-        cache: KvCache = paged.PagedCache(self._pool, capacity)
-        return cache
+            self.size_pool(self._default_blocks())
+        assert self._pool is not None
+        return self._pool
+
+    def _default_blocks(self) -> int:
+        if self.device.type == "cpu":
+            tokens = max(self.context, BATCH_SEQUENCES * min(self.context, BATCH_CONTEXT))
+            room = available_bytes() // 4
+        else:
+            tokens, room = POOL_TOKENS, torch.cuda.mem_get_info(self.device)[0] // 2
+        return 1 + max(1, min((tokens + BLOCK - 1) // BLOCK, room // self.block_bytes))
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run all chunks; write their keys and values; return the wanted logits [rows, vocab] f32, chunk by chunk.
 
         Running a chunk again writes the same bits again. Raises `NumericsError` where a value leaves the profile's
-        range; which chunk it was in is not known.
+        range; which chunk it was in is not known. Raises `MemoryError` where the work does not fit.
         """
+        with _memory_errors():
+            return self._forward(chunks)
+
+    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
         ids: list[int] = []
         spans: list[Span] = []
         rows: list[int] = []
         for chunk in chunks:
             start = len(ids)
             ids += chunk.tokens
-            kv = chunk.cache.reserve(chunk.start + len(chunk.tokens), chunk.start)
-            spans.append(Span(cache=kv, start=start, end=len(ids), position=chunk.start))
+            spans.append(Span(cache=chunk.cache, start=start, end=len(ids), position=chunk.start))
             rows += range(len(ids) - chunk.logits, len(ids))
         x = self._decoder.forward(self._embed[self._indices(ids)], spans)
         if len(rows) < len(ids):
             x = x[self._indices(rows)]
-        logits = self._decoder.logits(x) if rows else torch.empty(0, self.vocab, device=self._device)
+        logits = self._decoder.logits(x) if rows else torch.empty(0, self.vocab, device=self.device)
         if logits.is_cuda:
             gpu("flags").raise_pending(logits.device)
         return logits
 
     def _indices(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def available_bytes() -> int:
+    """Memory that the system could hand out without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """torch's ways to say that there is no memory become MemoryError."""
+    try:
+        yield
+    except RuntimeError as err:  # torch.OutOfMemoryError is one
+        if isinstance(err, torch.OutOfMemoryError) or any(words in str(err) for words in _OUT_OF_MEMORY):
+            raise MemoryError(f"model: expected memory for the step, got {err!s:.200}") from err
+        raise

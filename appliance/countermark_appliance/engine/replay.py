@@ -146,8 +146,9 @@ class ExactRunner:
         """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
         tokens = self._checked(prompt_tokens, ())
         params = kernel_params(sampling, self._model.vocab)
-        output = self._output(min(max_tokens, self._model.context - len(tokens)), stop, ignore_eos)
-        cache, done = self._model.new_cache(), 0
+        limit = min(max_tokens, self._model.context - len(tokens))
+        output = self._output(limit, stop, ignore_eos)
+        cache, done = self._model.new_cache(len(tokens) + limit), 0
         marks: list[bytes] = []
         while output.end is None:
             end = min(done + PROMPT_STEP, len(tokens))
@@ -165,7 +166,8 @@ class ExactRunner:
 
     def _teacher_forced(self, tokens: list[int], prompt: int) -> Iterator[tuple[int, Tensor]]:
         """Logits [rows, vocab] of every position before an output token, in steps; with the first one's length."""
-        cache, done, end = self._model.new_cache(), 0, len(tokens) - 1
+        end = len(tokens) - 1
+        cache, done = self._model.new_cache(end), 0
         while done < end:
             stop = min(end, done + PROMPT_STEP) if done < prompt - 1 else min(end, done + OUTPUT_STEP)
             if done < prompt - 1 < stop:

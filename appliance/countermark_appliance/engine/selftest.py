@@ -28,7 +28,7 @@ def self_test(model: Model) -> bytes:
         launch.self_test()
         length = min(LENGTH, model.context)
         prompt = [(i * 7919 + 13) % model.vocab for i in range(length)]
-        whole = _fingerprints(model.forward([Chunk(cache=model.new_cache(), start=0, tokens=prompt, logits=length)]))
+        whole = _in_one(model, prompt)
         pieces = _in_pieces(model, prompt)
     except NumericsError as err:
         raise VerificationError(f"self-test: {err}", code="engine.self_test") from err
@@ -41,8 +41,13 @@ def self_test(model: Model) -> bytes:
     return hashlib.sha256(b"".join(whole)).digest()
 
 
+def _in_one(model: Model, prompt: list[int]) -> list[bytes]:
+    chunk = Chunk(cache=model.new_cache(len(prompt)), start=0, tokens=prompt, logits=len(prompt))
+    return _fingerprints(model.forward([chunk]))
+
+
 def _in_pieces(model: Model, prompt: list[int]) -> list[bytes]:
-    cache, other = model.new_cache(), model.new_cache()
+    cache, other = model.new_cache(len(prompt)), model.new_cache(len(prompt))
     found: list[bytes] = []
     for start, end in pairwise(CUTS):
         mine = Chunk(cache=cache, start=start, tokens=prompt[start:end], logits=len(prompt[start:end]))

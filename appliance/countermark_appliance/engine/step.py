@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from countermark_kernels.attention import KvCache
+from countermark_kernels.cache import KvCache
 from countermark_kernels.sampler import History, SamplerParams
 
 _NO_HISTORY = History()

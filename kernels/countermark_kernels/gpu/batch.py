@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from countermark_kernels.attention import Span
-from countermark_kernels.gpu.cache import BLOCK, PagedCache, Pool
+from countermark_kernels.cache import BLOCK, Pool
 
 ROWS = 64  # of a tile
 HOPPER_ROWS = 128
@@ -52,10 +52,10 @@ def plan(spans: Sequence[Span], heads: int) -> Plan:
     A tile is (first row, rows of one head, first position, start of the table); tiles of the split kernels end with the
     tokens, in whole blocks, of the tiles before them. Long tiles come first.
     """
-    caches = [span.cache for span in spans if isinstance(span.cache, PagedCache)]
-    if len(caches) < len(spans) or any(cache.pool is not caches[0].pool for cache in caches):
-        raise ValueError("spans: expected caches in one pool, got others")
+    caches = [span.cache for span in spans]
     pool = caches[0].pool
+    if not pool.triton or any(cache.pool is not pool for cache in caches):
+        raise ValueError("spans: expected caches in one pool in Triton's layout, got others")
     group = heads // pool.kv_heads
     few = max(1, 16 // group)
     rows = HOPPER_ROWS if hopper(pool.device) else ROWS

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from countermark_kernels.attention import Span
+from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import activation, attention, linear, norm, quantise, rope
-from countermark_kernels.gpu.cache import BLOCK, PagedCache
 from countermark_kernels.linear import Weight
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def forward(decoder: Decoder, x: Tensor, spans: Sequence[Span]) -> Tensor:
 
 def _places(span: Span) -> tuple[Tensor, Tensor]:
     """The positions of a span's rows and their slots in the pool."""
-    assert isinstance(span.cache, PagedCache)  # or attention.plan would have refused it
     at = torch.arange(span.position, span.position + span.end - span.start)
     return at, torch.tensor(span.cache.blocks)[at // BLOCK] * BLOCK + at % BLOCK
 

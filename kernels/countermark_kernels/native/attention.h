@@ -9,23 +9,29 @@
 #define FLOOR 96 /* a score this far below the largest, in powers of two, counts as that far */
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
 
-/* acc[r][0..PV_COLUMNS] = sum over `pairs` token pairs of n[r][2 pairs] * v[pairs][d][2]; up to PV_ROWS rows. */
+/* acc[r][0..PV_COLUMNS] = sum over `tokens` tokens of n[r][tokens] * v, up to PV_ROWS rows. `blocks`: where the values
+ * [pairs][d][2] of each CM_BLOCK tokens are; the columns begin `offset` bytes behind. Sums stay in registers. */
 #if defined(__AVX512VNNI__)
 #define PV_ROWS 6
 #define PV_COLUMNS 32
-static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v,
-                                                          int64_t pairs, int64_t d, int32_t *acc) {
+static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn,
+                                                          const int8_t *const *blocks, int64_t offset, int64_t tokens,
+                                                          int64_t d, int32_t *acc) {
     __m512i sum[PV_ROWS][2];
     for (int r = 0; r < R; r++)
         sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-    for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
-        const __m512i v0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)v));
-        const __m512i v1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(v + 32)));
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            memcpy(&pair, n + r * ldn + 2 * p, 4);
-            sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], _mm512_set1_epi32(pair), v0);
-            sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], _mm512_set1_epi32(pair), v1);
+    for (int64_t t = 0; t < tokens; t += CM_BLOCK, n += CM_BLOCK) {
+        const int64_t pairs = (tokens - t < CM_BLOCK ? tokens - t : CM_BLOCK) / 2;
+        const int8_t *v = blocks[t / CM_BLOCK] + offset;
+        for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
+            const __m512i v0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)v));
+            const __m512i v1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(v + 32)));
+            for (int r = 0; r < R; r++) {
+                int32_t pair;
+                memcpy(&pair, n + r * ldn + 2 * p, 4);
+                sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], _mm512_set1_epi32(pair), v0);
+                sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], _mm512_set1_epi32(pair), v1);
+            }
         }
     }
     for (int r = 0; r < R; r++) {
@@ -36,19 +42,24 @@ static inline __attribute__((always_inline)) void pv_tile(const int R, const int
 #elif defined(__AVX2__)
 #define PV_ROWS 6
 #define PV_COLUMNS 16
-static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v,
-                                                          int64_t pairs, int64_t d, int32_t *acc) {
+static inline __attribute__((always_inline)) void pv_tile(const int R, const int16_t *n, int64_t ldn,
+                                                          const int8_t *const *blocks, int64_t offset, int64_t tokens,
+                                                          int64_t d, int32_t *acc) {
     __m256i sum[PV_ROWS][2];
     for (int r = 0; r < R; r++)
         sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-    for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
-        const __m256i v0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)v));
-        const __m256i v1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + 16)));
-        for (int r = 0; r < R; r++) {
-            int32_t pair;
-            memcpy(&pair, n + r * ldn + 2 * p, 4);
-            sum[r][0] = madd(sum[r][0], v0, _mm256_set1_epi32(pair));
-            sum[r][1] = madd(sum[r][1], v1, _mm256_set1_epi32(pair));
+    for (int64_t t = 0; t < tokens; t += CM_BLOCK, n += CM_BLOCK) {
+        const int64_t pairs = (tokens - t < CM_BLOCK ? tokens - t : CM_BLOCK) / 2;
+        const int8_t *v = blocks[t / CM_BLOCK] + offset;
+        for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
+            const __m256i v0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)v));
+            const __m256i v1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + 16)));
+            for (int r = 0; r < R; r++) {
+                int32_t pair;
+                memcpy(&pair, n + r * ldn + 2 * p, 4);
+                sum[r][0] = madd(sum[r][0], v0, _mm256_set1_epi32(pair));
+                sum[r][1] = madd(sum[r][1], v1, _mm256_set1_epi32(pair));
+            }
         }
     }
     for (int r = 0; r < R; r++) {
@@ -59,32 +70,33 @@ static inline __attribute__((always_inline)) void pv_tile(const int R, const int
 #else
 #define PV_ROWS 6
 #define PV_COLUMNS 16
-static inline void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *v, int64_t pairs, int64_t d,
-                           int32_t *acc) {
+static inline void pv_tile(const int R, const int16_t *n, int64_t ldn, const int8_t *const *blocks,
+                           int64_t offset, int64_t tokens, int64_t d, int32_t *acc) {
     for (int r = 0; r < R; r++) {
         int32_t sum[PV_COLUMNS] = {0};
-        for (int64_t p = 0; p < pairs; p++)
+        for (int64_t t = 0; t < tokens; t += 2) {
+            const int8_t *v = blocks[t / CM_BLOCK] + offset + t % CM_BLOCK * d;
             for (int j = 0; j < PV_COLUMNS; j++)
-                sum[j] += n[r * ldn + 2 * p] * v[p * 2 * d + 2 * j] + n[r * ldn + 2 * p + 1] * v[p * 2 * d + 2 * j + 1];
+                sum[j] += n[r * ldn + t] * v[2 * j] + n[r * ldn + t + 1] * v[2 * j + 1];
+        }
         memcpy(acc + r * d, sum, sizeof sum);
     }
 }
 #endif
 
-static NOINLINE void pv_product(const int16_t *n, int64_t ldn, int64_t rows, const int8_t *v, int64_t tokens, int64_t d,
-                                int32_t *acc) {
+static NOINLINE void pv_product(const int16_t *n, int64_t ldn, int64_t rows, const int8_t *const *blocks,
+                                int64_t tokens, int64_t d, int32_t *acc) {
     for (int64_t column = 0; column < d; column += PV_COLUMNS)
         for (int64_t r = 0; r < rows; r += PV_ROWS) {
             const int16_t *from = n + r * ldn;
-            const int8_t *columns = v + column * 2;
             int32_t *to = acc + r * d + column;
             switch (rows - r < PV_ROWS ? rows - r : PV_ROWS) {
-            case 6: pv_tile(6, from, ldn, columns, tokens / 2, d, to); break;
-            case 5: pv_tile(5, from, ldn, columns, tokens / 2, d, to); break;
-            case 4: pv_tile(4, from, ldn, columns, tokens / 2, d, to); break;
-            case 3: pv_tile(3, from, ldn, columns, tokens / 2, d, to); break;
-            case 2: pv_tile(2, from, ldn, columns, tokens / 2, d, to); break;
-            default: pv_tile(1, from, ldn, columns, tokens / 2, d, to); break;
+            case 6: pv_tile(6, from, ldn, blocks, 2 * column, tokens, d, to); break;
+            case 5: pv_tile(5, from, ldn, blocks, 2 * column, tokens, d, to); break;
+            case 4: pv_tile(4, from, ldn, blocks, 2 * column, tokens, d, to); break;
+            case 3: pv_tile(3, from, ldn, blocks, 2 * column, tokens, d, to); break;
+            case 2: pv_tile(2, from, ldn, blocks, 2 * column, tokens, d, to); break;
+            default: pv_tile(1, from, ldn, blocks, 2 * column, tokens, d, to); break;
             }
         }
 }
@@ -98,7 +110,7 @@ static NOINLINE struct row_maxima score_pass(int32_t *row, int64_t tokens, float
                                              const float *lambda) {
     const f8 factor = f8_set(c), lowest = f8_set(-FLT_MAX);
     f8 most = lowest, most_raised = lowest;
-    for (int64_t t = 0; t < tokens; t += LANES) { /* rows and caches extend to a multiple of 16 */
+    for (int64_t t = 0; t < tokens; t += LANES) { /* rows and scales extend to a multiple of 16 */
         f8 a = f8_convert(i8_load(row + t)) * f8_load(s_k + t);
         f8 raised = f8_fma(a, factor, f8_load(lambda + t));
         if (t + LANES > tokens) {
@@ -158,6 +170,11 @@ struct attend_job {
     _Atomic int status;
 };
 
+/* How many tokens token t of a kv head lies behind the start of the pool's layer. */
+static inline int64_t place(const struct cm_span *span, int64_t kv_head, int64_t t) {
+    return span->table[t / CM_BLOCK] * span->stride + kv_head * CM_BLOCK + t % CM_BLOCK;
+}
+
 static void attend_tile(void *arg, int64_t index) {
     struct attend_job *job = arg;
     const struct attend_item *item = job->items + job->item_count - 1 - index; /* the longest first */
@@ -165,12 +182,9 @@ static void attend_tile(void *arg, int64_t index) {
     const int64_t d = job->d, group = job->heads / job->kv_heads, rows = item->count * group;
     const int64_t position = span->position + item->first - span->start; /* of the first row */
     const int64_t padded = (position + item->count + PANEL - 1) / PANEL * PANEL;
-    const int64_t token = item->kv_head * span->capacity;
-    const float *s_k = span->s_k + token, *s_v = span->s_v + token;
-    const int8_t *k = span->k + token * d, *v = span->v + token * d;
 
     const size_t a_bytes = (size_t)(rows * d) * sizeof(a_t), s_bytes = (size_t)(rows * padded) * 4;
-    const size_t bytes = a_bytes + s_bytes + s_bytes / 2 + (size_t)padded * 4 + (size_t)(rows * d) * 12 + 512;
+    const size_t bytes = a_bytes + s_bytes + s_bytes / 2 + (size_t)padded * 12 + (size_t)(rows * d) * 12 + 512;
     char *memory = cm_scratch(CM_SLOT_ITEM, bytes);
     if (!memory) {
         atomic_store(&job->status, CM_NO_MEMORY);
@@ -178,16 +192,20 @@ static void attend_tile(void *arg, int64_t index) {
     }
     int64_t *high = (int64_t *)memory;
     int32_t *scores = (int32_t *)(high + rows * d), *acc = scores + rows * padded;
-    float *lambda = (float *)(acc + rows * d);
-    int16_t *n = (int16_t *)(lambda + padded);
+    float *lambda = (float *)(acc + rows * d), *s_k = lambda + padded, *s_v = s_k + padded;
+    int16_t *n = (int16_t *)(s_v + padded);
     a_t *a = (a_t *)(n + rows * padded);
     float divisor[GROUP_MAX];
 
     for (int64_t r = 0; r < rows; r++)
         pack_row(job->q + ((item->first + r / group) * job->heads + item->kv_head * group + r % group) * d, d, d / 4,
                  rows, r, a);
-    for (int64_t t = 0; t < padded; t += PANEL)
-        gemm_panel(a, rows, k + t * d, d / 4, NULL, scores + t, padded);
+    for (int64_t t = 0; t < padded; t += PANEL) {
+        const int64_t token = place(span, item->kv_head, t);
+        gemm_panel(a, rows, span->k + token * d, d / 4, NULL, scores + t, padded);
+        memcpy(s_k + t, span->s_k + token, PANEL * sizeof *s_k);
+        memcpy(s_v + t, span->s_v + token, PANEL * sizeof *s_v);
+    }
     for (int64_t t = 0; t < padded; t += LANES)
         f8_store(lambda + t, f8_convert(i8_max(ceil_exponent8(f8_load(s_v + t)), i8_set(LAMBDA_MIN))));
 
@@ -209,7 +227,10 @@ static void attend_tile(void *arg, int64_t index) {
 
     for (int64_t t = 0; t < padded; t += PV_TOKENS) {
         const int64_t tokens = padded - t < PV_TOKENS ? padded - t : PV_TOKENS;
-        pv_product(n + t, padded, rows, v + t * d, tokens, d, acc);
+        const int8_t *blocks[PV_TOKENS / CM_BLOCK];
+        for (int64_t i = 0; i < tokens; i += CM_BLOCK)
+            blocks[i / CM_BLOCK] = span->v + place(span, item->kv_head, t + i) * d;
+        pv_product(n + t, padded, rows, blocks, tokens, d, acc);
         for (int64_t i = 0; i < rows * d; i++)
             high[i] = t ? high[i] + acc[i] : acc[i];
     }
@@ -247,21 +268,22 @@ static int attend(const struct cm_span *spans, int64_t span_count, int64_t heads
     return atomic_load(&job.status);
 }
 
-/* Write the rows of one span into its cache: the layouts of attention.KvCache. */
+/* Write the rows of one span into its blocks: the layouts of cache.py. */
 static int append(const struct cm_span *span, int64_t kv_heads, int64_t head_dim, const int8_t *k, const float *s_k,
                   const int8_t *v, const float *s_v) {
     const int64_t d = head_dim;
     for (int64_t row = span->start; row < span->end; row++)
         for (int64_t h = 0; h < kv_heads; h++) {
-            const int64_t t = span->position + row - span->start, base = h * span->capacity, in = (row * kv_heads + h) * d;
-            int8_t *key = span->k + (base + t / PANEL * PANEL) * d + t % PANEL * 4;
-            int8_t *value = span->v + (base + t / 2 * 2) * d + t % 2;
+            const int64_t t = span->position + row - span->start, in = (row * kv_heads + h) * d;
+            const int64_t token = place(span, h, t);
+            int8_t *key = span->k + (token - t % PANEL) * d + t % PANEL * 4;
+            int8_t *value = span->v + (token - t % 2) * d + t % 2;
             for (int64_t i = 0; i < d / 4; i++)
                 memcpy(key + i * PANEL * 4, k + in + i * 4, 4);
             for (int64_t i = 0; i < d; i++)
                 value[i * 2] = v[in + i];
-            span->s_k[base + t] = s_k[row * kv_heads + h];
-            span->s_v[base + t] = s_v[row * kv_heads + h];
+            span->s_k[token] = s_k[row * kv_heads + h];
+            span->s_v[token] = s_v[row * kv_heads + h];
         }
     return CM_OK;
 }

@@ -10,11 +10,12 @@ from gpu_cases import CUDA, DEVICE
 from torch import Tensor
 
 from countermark_kernels import attention, ieee
-from countermark_kernels.attention import KvCache, Span, attend
+from countermark_kernels.attention import Span, attend
+from countermark_kernels.cache import BLOCK, KvCache, Pool, alone
 from countermark_kernels.gpu import attention as gpu_attention
 from countermark_kernels.gpu import batch as tiles
 from countermark_kernels.gpu import flags
-from countermark_kernels.gpu.cache import BLOCK, PagedCache, Pool, value_slot
+from countermark_kernels.gpu.cache import value_order
 from countermark_kernels.rope import Heads
 
 LAYERS, LAYER = 2, 1
@@ -75,14 +76,13 @@ def on_device(heads: Heads) -> Heads:
 
 
 def crowded(blocks: int, kv_heads: int, d: int) -> Pool:
-    """A pool whose blocks hold what other sequences left, in no order."""
-    pool = Pool(layers=LAYERS, kv_heads=kv_heads, head_dim=d, blocks=blocks, device=DEVICE)
+    """A pool whose blocks hold what other sequences left."""
+    pool = Pool(layers=LAYERS, kv_heads=kv_heads, head_dim=d, blocks=blocks, device=DEVICE, triton=True)
     g = torch.Generator().manual_seed(blocks)
     for x in (pool.k, pool.v):
         x.copy_(torch.randint(-127, 128, x.shape, generator=g, dtype=torch.int8))
     for s in (pool.s_k, pool.s_v):
         s.copy_(torch.rand(s.shape, generator=g) * 2.0**23.5)
-    pool.free = [pool.free[i] for i in torch.randperm(blocks, generator=g).tolist()]
     return pool
 
 
@@ -90,17 +90,18 @@ def batch(
     spans: tuple[tuple[int, int], ...], heads: int, kv_heads: int, d: int, kind: str
 ) -> tuple[Heads, list[Span], list[Span]]:
     """Queries of a batch whose caches hold their contexts, on the CPU and in a pool."""
-    need = sum((position + count + BLOCK - 1) // BLOCK for position, count in spans)
-    pool = crowded(need + 3, kv_heads, d)
+    needs = [(position + count + BLOCK - 1) // BLOCK for position, count in spans]
+    pool = crowded(sum(needs) + 3, kv_heads, d)
+    free = torch.randperm(pool.blocks, generator=torch.Generator().manual_seed(pool.blocks)).tolist()
     parts: list[Heads] = []
     cpu: list[Span] = []
     gpu: list[Span] = []
     start = 0
     for seed, (position, count) in enumerate(spans):
         all_tokens = tokens(position + count, heads, kv_heads, d, kind, seed)
-        cache = KvCache(layers=LAYERS, kv_heads=kv_heads, head_dim=d, capacity=position + count)
+        cache = alone(layers=LAYERS, kv_heads=kv_heads, head_dim=d, capacity=position + count)
         cache.append(LAYER, all_tokens, 0, position + count, 0)
-        paged = PagedCache(pool, position + count)
+        paged = KvCache(pool, [free.pop() for _ in range(needs[seed])])
         paged.append(LAYER, on_device(all_tokens), 0, position, 0)
         paged.append(LAYER, on_device(all_tokens), position, position + count, position)
         parts.append(rows(all_tokens, position, position + count))
@@ -136,16 +137,17 @@ def test_every_kind_of_value(kind: str) -> None:
     assert torch.equal(got, attend(queries.q, queries.s_q, cpu, layer=LAYER))
     span, cache = cpu[0], cpu[0].cache
     group = heads // kv_heads
-    alone = attention.reference(
+    s_k, s_v = cache.scales(LAYER, 0, span.end)
+    expected = attention.reference(
         queries.q[: span.end, :group].reshape(-1, d),
         queries.s_q[: span.end, :group].reshape(-1),
         torch.arange(span.end).repeat_interleave(group),
         k=cache.keys(LAYER, 0, span.end),
-        s_k=cache.s_k[LAYER, 0, : span.end],
+        s_k=s_k,
         v=cache.values(LAYER, 0, span.end),
-        s_v=cache.s_v[LAYER, 0, : span.end],
+        s_v=s_v,
     )
-    assert torch.equal(got[: span.end, : group * d].reshape(-1, d), alone)
+    assert torch.equal(got[: span.end, : group * d].reshape(-1, d), expected)
 
 
 def test_chunks_and_steps_are_the_prompt() -> None:
@@ -198,34 +200,36 @@ def test_more_heads_than_a_tile_has_rows_are_refused() -> None:
                 gpu_attention.plan(gpu, heads)
 
 
-def test_a_copied_prefix_goes_on_alike() -> None:
+def test_a_shared_prefix_goes_on_alike() -> None:
+    """Two sequences that share their first block, and a table in another order than the pool's."""
     heads, kv_heads, d = SHAPES[0]
     queries, _, gpu = batch(((0, 80),), heads, kv_heads, d, "random")
     source = gpu[0].cache
-    assert isinstance(source, PagedCache)
-    copy = PagedCache(source.pool, 70)
-    copy.copy_prefix(source, 70)
-    spans = [Span(cache=cache, start=0, end=5, position=65) for cache in (source, copy)]
+    spare = next(number for number in range(source.pool.blocks) if number not in source.blocks)
+    other = KvCache(source.pool, [source.blocks[0], spare])
+    other.append(LAYER, on_device(queries), BLOCK, 80, BLOCK)
+    spans = [Span(cache=cache, start=0, end=5, position=65) for cache in (source, other)]
     assert torch.equal(*(run(rows(queries, 65, 70), [span], heads) for span in spans))
 
 
-def test_a_pool_lends_its_blocks_once() -> None:
-    pool = Pool(layers=1, kv_heads=1, head_dim=64, blocks=3, device=DEVICE)
-    first, second = PagedCache(pool, 65), PagedCache(pool, 64)
-    assert sorted(first.blocks + second.blocks) == [0, 1, 2]
-    assert (first.capacity, second.capacity) == (2 * BLOCK, BLOCK)
-    assert first.size_bytes == 2 * second.size_bytes
-    with pytest.raises(MemoryError):
-        PagedCache(pool, 1)
-    first.release()
-    assert len(PagedCache(pool, 2 * BLOCK).blocks) == 2
-    with pytest.raises(ieee.NumericsError) as caught:
-        PagedCache(pool, attention.CONTEXT_MAX + 1)
-    assert caught.value.code == "numerics.context"
+def test_a_pool_on_a_device() -> None:
+    shape = {"layers": 2, "kv_heads": 3, "head_dim": 64}
+    cache = alone(**shape, capacity=65, device=DEVICE, triton=True)
+    assert (cache.blocks, cache.capacity, cache.pool.blocks) == ([1, 2], 2 * BLOCK, 3)
+    pool = cache.pool
+    assert pool.size_bytes == sum(x.numel() * x.element_size() for x in (pool.k, pool.v, pool.s_k, pool.s_v))
+    made = tokens(70, 3, 3, 64, "random", 1)
+    cache.append(1, on_device(made), 0, 70, 0)
+    for head in range(3):
+        assert torch.equal(cache.keys(1, head, 70).cpu(), made.k[:, head])
+        assert torch.equal(cache.values(1, head, 70).cpu(), made.v[:, head])
+        assert all(map(torch.equal, cache.scales(1, head, 70), (made.s_k[:, head], made.s_v[:, head])))
+    with pytest.raises(ValueError, match="layout"):
+        gpu_attention.plan([Span(cache=alone(**shape, capacity=1), start=0, end=1, position=0)], 3)
 
 
 def test_value_slot_is_a_permutation_within_sixteen() -> None:
-    order = [value_slot.fn(token) for token in range(BLOCK)]
+    order = value_order()
     assert sorted(order) == list(range(BLOCK))
     assert all(a // 16 == b // 16 for a, b in zip(order, range(BLOCK), strict=True))
     for w, t, b in itertools.product(range(2), range(4), range(2)):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from countermark_kernels import ieee
 from countermark_kernels.attention import Span
+from countermark_kernels.cache import KvCache, Pool, alone
 from countermark_kernels.decoder import Decoder, Layer
 from countermark_kernels.gpu import decoder as gpu_decoder
 from countermark_kernels.gpu import flags, linear, norm
-from countermark_kernels.gpu.cache import PagedCache, Pool
 from countermark_kernels.linear import Weight
 
 MODEL = TinyModel()
@@ -49,8 +49,8 @@ def logits(decoder: Decoder, x: Tensor) -> Tensor:
 def run(chunks: Sequence[int], *, neighbour: bool) -> Tensor:
     decoder = on_device()
     shape = {"layers": MODEL.layers, "kv_heads": MODEL.kv_heads, "head_dim": MODEL.head_dim}
-    pool = Pool(**shape, blocks=8, device=DEVICE)
-    other, mine = PagedCache(pool, 70), PagedCache(pool, 100)
+    pool = Pool(**shape, blocks=8, device=DEVICE, triton=True)
+    other, mine = KvCache(pool, (3, 5)), KvCache(pool, (7, 2))
     at, rows = 0, []
     for chunk in chunks:
         x = EMBEDDED[at : at + chunk]
@@ -87,8 +87,8 @@ def test_same_logits_as_the_cpu(expected: Tensor, chunks: tuple[int, ...], neigh
 def test_token_by_token_and_single_ops(expected: Tensor) -> None:
     assert torch.equal(run((1,) * TOKENS, neighbour=False), expected)
     decoder = on_device()
-    pool = Pool(layers=MODEL.layers, kv_heads=MODEL.kv_heads, head_dim=MODEL.head_dim, blocks=8, device=DEVICE)
-    spans = [Span(cache=PagedCache(pool, 100), start=0, end=TOKENS, position=0)]
+    shape = {"layers": MODEL.layers, "kv_heads": MODEL.kv_heads, "head_dim": MODEL.head_dim}
+    spans = [Span(cache=alone(**shape, capacity=100, device=DEVICE), start=0, end=TOKENS, position=0)]
     positions = torch.arange(TOKENS, dtype=torch.int32, device=DEVICE)
     assert torch.equal(decoder.logits(decoder.stepwise(there(EMBEDDED), spans, positions)).cpu(), expected)
     assert torch.equal(decoder.logits(decoder.forward(there(EMBEDDED), spans)).cpu(), expected)
@@ -96,8 +96,8 @@ def test_token_by_token_and_single_ops(expected: Tensor) -> None:
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_an_overflow_on_the_way_is_reported() -> None:
-    pool = Pool(layers=MODEL.layers, kv_heads=MODEL.kv_heads, head_dim=MODEL.head_dim, blocks=2, device=DEVICE)
-    span = Span(cache=PagedCache(pool, 8), start=0, end=3, position=0)
+    shape = {"layers": MODEL.layers, "kv_heads": MODEL.kv_heads, "head_dim": MODEL.head_dim}
+    span = Span(cache=alone(**shape, capacity=8, device=DEVICE), start=0, end=3, position=0)
     on_device().forward(there(NEIGHBOUR * 2.0**64), [span])
     with pytest.raises(ieee.NumericsError) as caught:
         flags.raise_pending(DEVICE)
