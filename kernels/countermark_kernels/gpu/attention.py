@@ -17,10 +17,10 @@ from torch import Tensor
 
 from countermark_kernels import attention as specified
 from countermark_kernels.binding import gpu
+from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import attention_split, flags, ieee
 from countermark_kernels.gpu import attention_steps as steps
 from countermark_kernels.gpu.batch import ROWS, Plan, hopper, plan
-from countermark_kernels.gpu.cache import BLOCK
 
 __all__ = ["Plan", "attend", "plan"]
 

@@ -4,6 +4,9 @@
 arrive adds them. Every key and value is read once. `_combine` may start while `_score` still runs (programmatic
 dependent launch): it then fetches its values into the L2 cache and waits.
 
+A program is one split (an item: its tile and its number in the tile) of one kv head. Scores and partial results lie
+by items, so that scratch follows the tokens of the batch, not tiles times the longest.
+
 Integer: the sums, so splits and the order of arrival are free. Maxima are of values that do not depend on the split.
 """
 
@@ -15,10 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels import attention as specified
+from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import attention_steps as steps
 from countermark_kernels.gpu import flags, ieee
-from countermark_kernels.gpu.batch import Plan, Short
-from countermark_kernels.gpu.cache import BLOCK
+from countermark_kernels.gpu.batch import Plan, Short, early
+
+OTHERS = 16
+"""Splits whose maxima are read at a time."""
 
 
 @triton.jit
@@ -51,6 +57,7 @@ def _score(
     s_v,
     tables,
     tiles,
+    items,
     scores,
     maxima,
     c,
@@ -63,9 +70,10 @@ def _score(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    number = tl.load(items + tl.program_id(0) * 2)
+    split = tl.load(items + tl.program_id(0) * 2 + 1)
     head = tl.program_id(1)
-    tile = tiles + tl.program_id(2) * 5
+    tile = tiles + number * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -80,7 +88,8 @@ def _score(
     n = tl.arange(0, N)
     queries = tl.load(q + rows[:, None] * D + x[None, :], mask=present[:, None], other=0)
     cq = steps.query(s_q, rows, present, c)
-    line = scores + (tl.load(tile + 4).to(tl.int64) * KV_HEADS + head * width) * R + r * width
+    before = tl.load(tile + 4).to(tl.int64)
+    line = scores + (before * (CHUNK * KV_HEADS) + head * width) * R + r * width
     top = tl.full([M, N], float("-inf"), tl.float32)
     bound = tl.full([M, N], float("-inf"), tl.float32)
     for start in range(split * CHUNK, tl.minimum(split * CHUNK + CHUNK, width), N):
@@ -93,7 +102,7 @@ def _score(
         top = tl.maximum(top, tl.where(visible, a, float("-inf")))
         bound = tl.maximum(bound, tl.where(visible, raised, float("-inf")))
         tl.store(line[:, None] + (start + n)[None, :], a, mask=(r < R)[:, None])
-    at = (tl.program_id(2) * KV_HEADS + head) * tl.num_programs(0) + split
+    at = (before + split) * KV_HEADS + head
     tl.store(maxima + at * (2 * R) + r, tl.max(top, axis=1), mask=r < R)
     tl.store(maxima + at * (2 * R) + R + r, tl.max(bound, axis=1), mask=r < R)
 
@@ -105,6 +114,7 @@ def _combine(
     s_v,
     tables,
     tiles,
+    items,
     scores,
     maxima,
     partial,
@@ -120,12 +130,13 @@ def _combine(
     M: tl.constexpr,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    number = tl.load(items + tl.program_id(0) * 2)
+    split = tl.load(items + tl.program_id(0) * 2 + 1)
     head = tl.program_id(1)
-    tile = tiles + tl.program_id(2) * 5
+    tile = tiles + number * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
     table = tables + tl.load(tile + 3)
     if EARLY:
@@ -140,16 +151,20 @@ def _combine(
     r = tl.arange(0, M)
     x = tl.arange(0, D)
     n = tl.arange(0, N)
-    pair = tl.program_id(2) * KV_HEADS + head
-    first = pair * tl.num_programs(0)
+    pair = number * KV_HEADS + head
+    before = tl.load(tile + 4).to(tl.int64)
+    first = before * KV_HEADS + head
     cq = steps.query(s_q, rows, present, c)
-    others = tl.arange(0, SPLITS)
-    found = maxima + (first + others)[:, None] * (2 * R) + r[None, :]
-    there = (others < splits)[:, None] & (r < R)[None, :]
-    top = tl.max(tl.load(found, mask=there, other=float("-inf")), axis=0)
-    bound = tl.max(tl.load(found + R, mask=there, other=float("-inf")), axis=0)
+    top = tl.full([M], float("-inf"), tl.float32)
+    bound = tl.full([M], float("-inf"), tl.float32)
+    for start in range(0, splits, OTHERS):
+        others = start + tl.arange(0, OTHERS)
+        found = maxima + (first + others * KV_HEADS)[:, None] * (2 * R) + r[None, :]
+        there = (others < splits)[:, None] & (r < R)[None, :]
+        top = tl.maximum(top, tl.max(tl.load(found, mask=there, other=float("-inf")), axis=0))
+        bound = tl.maximum(bound, tl.max(tl.load(found + R, mask=there, other=float("-inf")), axis=0))
     m, floor, g = steps.reference(tl.where(present, top, 0.0), tl.where(present, bound, 0.0), cq, flag, present)
-    line = scores + (tl.load(tile + 4).to(tl.int64) * KV_HEADS + head * width) * R + r * width
+    line = scores + (before * (CHUNK * KV_HEADS) + head * width) * R + r * width
     total = tl.zeros([M, N], tl.int32)
     high = tl.zeros([M, D], tl.int32)
     low = tl.zeros([M, D], tl.int32)
@@ -164,8 +179,9 @@ def _combine(
         low = tl.dot(lo, tl.trans(values), low, out_dtype=tl.int32)
     cell = r[:, None] * D + x[None, :]
     inside = (r < R)[:, None] & (x < D)[None, :]
-    tl.store(partial + (first + split).to(tl.int64) * (R * D) + cell, high * 256 + low, mask=inside)
-    tl.store(sums + (first + split) * R + r, ieee.total(total.to(tl.int64), 1), mask=r < R)
+    mine = first + split * KV_HEADS
+    tl.store(partial + mine * (R * D) + cell, high * 256 + low, mask=inside)
+    tl.store(sums + mine * R + r, ieee.total(total.to(tl.int64), 1), mask=r < R)
     tl.debug_barrier()
     if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == splits - 1:
         tl.debug_barrier()
@@ -173,7 +189,7 @@ def _combine(
         divisor = tl.zeros([M], tl.int64)
         for start in range(0, splits, 8):
             for i in tl.static_range(8):
-                at = (first + start + i).to(tl.int64)
+                at = first + (start + i) * KV_HEADS
                 more = start + i < splits
                 part = tl.load(partial + at * (R * D) + cell, mask=inside & more, other=0, cache_modifier=".cg")
                 number += part.to(tl.int64)
@@ -189,18 +205,19 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out
     """The rows of `short` into `out`, [T, heads * d] f32."""
     pool, device, head_dim = batch.pool, q.device, q.shape[2]
     k, s_k, v, s_v = pool.layer(layer)
-    parts = short.tiles.shape[0] * pool.kv_heads * short.splits * short.rows
-    scores = torch.empty(short.width * pool.kv_heads * short.rows, device=device)
+    items = short.items.shape[0]
+    parts = items * pool.kv_heads * short.rows
+    scores = torch.empty(parts * short.chunk, device=device)
     maxima = torch.empty(2 * parts, device=device)
     partial = torch.empty(parts * head_dim, dtype=torch.int32, device=device)
     sums = torch.empty(parts, dtype=torch.int64, device=device)
-    grid = (short.splits, pool.kv_heads, short.tiles.shape[0])
+    grid = (items, pool.kv_heads)
     shape = {"GROUP": batch.heads // pool.kv_heads, "KV_HEADS": pool.kv_heads, "D": head_dim, "N": BLOCK}
     shape |= {"R": short.rows, "M": max(16, triton.next_power_of_2(short.rows)), "CHUNK": short.chunk}
-    options = {"EARLY": q.is_cuda, "launch_pdl": q.is_cuda, "num_warps": 4, "num_stages": 5, **ieee.EXACT}
-    found = (batch.tables, short.tiles, scores, maxima)
+    overlap = early(device)
+    options = {"EARLY": overlap, "launch_pdl": overlap, "num_warps": 4, "num_stages": 5, **ieee.EXACT}
+    found = (batch.tables, short.tiles, short.items, scores, maxima)
     c = specified.SCORE_CONSTANTS[head_dim]
     _score[grid](q, s_q, k, s_k, s_v, *found, c, **shape, **options)
     results = (partial, sums, short.arrivals, out, flags.word(device))
-    splits = triton.next_power_of_2(short.splits)
-    _combine[grid](s_q, v, s_v, *found, *results, c, **shape, SPLITS=splits, **options)
+    _combine[grid](s_q, v, s_v, *found, *results, c, **shape, OTHERS=OTHERS, **options)

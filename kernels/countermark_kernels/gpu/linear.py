@@ -189,12 +189,21 @@ def few(count: int, outputs: int) -> bool:
 
 
 def product(
-    q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    q: Tensor,
+    s: Tensor,
+    w: Tensor,
+    ws: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """q: [T, K] int8, s: [T] f32, w: [N, K] int8, ws: [N] f32, bias: [N], residual: [T, N] f32 -> [T, N] f32."""
+    """q: [T, K] int8, s: [T] f32, w: [N, K] int8, ws: [N] f32, bias: [N], residual: [T, N] f32 -> [T, N] f32.
+
+    The result is written to `out` where it is given.
+    """
     count, inputs = q.shape
     outputs = w.shape[0]
-    y = torch.empty(count, outputs, device=q.device)
+    y = torch.empty(count, outputs, device=q.device) if out is None else out
     if not count:
         return y
     if count <= ROWS_MAX and inputs % 4 == 0:

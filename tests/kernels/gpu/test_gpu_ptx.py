@@ -36,7 +36,7 @@ floats |= dict.fromkeys(("scores", "maxima", "out", "out_ptr", "s_q_ptr"), "*fp3
 cached = floats | dict.fromkeys(("q", "k", "v", "q_ptr"), "*i8") | {"flag": "*i32", "c": "fp32"}
 heads = cached | dict.fromkeys(("positions", "slots"), "*i64") | {"eps": "fp32"}
 heads |= dict.fromkeys(("rows", "context", "heads", "kv_heads"), "i32")
-batch = cached | dict.fromkeys(("tables", "tiles", "partial", "arrivals"), "*i32") | {"sums": "*i64"}
+batch = cached | dict.fromkeys(("tables", "tiles", "items", "partial", "arrivals"), "*i32") | {"sums": "*i64"}
 shape = {"GROUP": 4, "KV_HEADS": 8, "D": 64, "N": 64}
 part = shape | {"R": 4, "M": 16, "CHUNK": 128, "EARLY": True}
 lines = {"k": ("i8", 64), "v": ("i8", 64), "s_k": ("fp32", 1), "s_v": ("fp32", 1)}
@@ -48,7 +48,7 @@ json.dump({
     "rope": ptx(rope._kernel, heads, {"PAGE": 64, "D": 64, "STAGES": 6, "GAINED": True, "GROUP": 4}),
     "attention prefill": ptx(attention._prefill, batch, shape | {"M": 64}),
     "attention score": ptx(attention_split._score, batch, part),
-    "attention combine": ptx(attention_split._combine, batch, part | {"SPLITS": 4}),
+    "attention combine": ptx(attention_split._combine, batch, part | {"OTHERS": 16}),
     "attention hopper": ptx(attention_hopper.prefill, batch | copied, hopper, GluonASTSource),
     "quantise": ptx(quantise._kernel, row, {"BLOCK": 128}),
     "norm": ptx(norm._kernel, row | {"eps": "fp32"}, {"BLOCK": 128}),
