@@ -23,10 +23,17 @@ from countermark import terminal
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
 from countermark.demo import DemoResult, run_demo
-from countermark.errors import CountermarkError, FormatError, RequestError, UsageError, VerificationError
+from countermark.errors import (
+    CountermarkError,
+    FormatError,
+    ReplayDiverged,
+    RequestError,
+    UsageError,
+    VerificationError,
+)
 from countermark.files import read_file, write_file
 from countermark.policy import Policy, Profile, load_policy
-from countermark.replay import Equivalence, Mode, load_runner, replay
+from countermark.replay import Equivalence, Mode, ReplayResult, load_runner, replay, replay_many
 from countermark.session import connect
 from countermark.verify import Verification, verify_bundle
 
@@ -64,21 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        worst: CountermarkError | None = args.run(args)
     except CountermarkError as err:
         terminal.show_error(err)
         if getattr(args, "json", False):
-            word = "reject" if isinstance(err, VerificationError | FormatError) else "undecidable"
-            _print_json(
-                {
-                    "verdict": word,
-                    "verification": word,
-                    "code": err.code,
-                    "step": err.step,
-                    "message": str(err),
-                    "checks": [check.as_json() for check in err.checks],
-                }
-            )
+            _print_json(_refusal(err))
         return err.exit_code
     except KeyboardInterrupt:
         terminal.note("\nstopped before the end: nothing was verified to the end, nothing was saved")
@@ -86,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    return 0
+    return 0 if worst is None else worst.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,12 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--policy", type=Path, required=True)
     verify.add_argument("--at", type=_time, help="RFC 3339 time or 'now' (default: now)")
 
-    again = _command(commands, "replay", _replay, "verify a bundle and run its answer again", json_=True)
-    again.add_argument("bundle", type=Path)
+    again = _command(commands, "replay", _replay, "verify bundles and run their answers again", json_=True)
+    again.add_argument(
+        "bundle", type=Path, nargs="+", help="several: a line each (--json: an object a line), then a summary"
+    )
     again.add_argument("--policy", type=Path, required=True)
     again.add_argument("--at", type=_time, help="RFC 3339 time or 'now' (default: now)")
     again.add_argument("--weights", type=Path, required=True, help="the weights artefact's directory")
     again.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.AUDIT.value)
+    again.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run it (default: cpu)")
 
     policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
         required=True, metavar="ACTION"
@@ -160,7 +160,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, *, json_: bool = False
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], CountermarkError | None],
+    text: str,
+    *,
+    json_: bool = False,
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
@@ -233,17 +238,19 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    verified = _verified(args)
+    verified = _verified(args, args.bundle, load_policy(args.policy))
     if args.json:
         _print_json(verified.as_json())
     else:
         print(verified)
 
 
-def _replay(args: argparse.Namespace) -> None:
-    verified = _verified(args)
+def _replay(args: argparse.Namespace) -> CountermarkError | None:
+    if len(args.bundle) > 1:
+        return _replay_many(args)
+    verified = _verified(args, args.bundle[0], load_policy(args.policy))
     with terminal.progress("loading the weights"):
-        runner = load_runner(verified.receipt.intent.stack.profile, args.weights)
+        runner = load_runner(verified.receipt.intent.stack.profile, args.weights, args.device)
     with terminal.progress(f"running {len(verified.receipt.answer.tokens)} tokens again"):
         result = replay(verified, runner, args.mode)
     if args.json:
@@ -254,6 +261,56 @@ def _replay(args: argparse.Namespace) -> None:
         if result.equivalence is Equivalence.SAME_PROFILE:
             terminal.note("other hardware: this machine does not show that it runs the recorded image")
     result.require_identical()
+    return None
+
+
+def _replay_many(args: argparse.Namespace) -> CountermarkError | None:
+    """A line for each bundle as it is settled, then a summary; returns the worst of what was found."""
+    policy = load_policy(args.policy)
+    found: list[CountermarkError] = []
+    counts = dict.fromkeys(("identical", "diverged", "refused", "undecided"), 0)
+
+    def settle(path: Path, outcome: ReplayResult | CountermarkError, simulated: bool | None = None) -> None:
+        err = outcome.difference if isinstance(outcome, ReplayResult) else outcome
+        word = "identical"
+        if err is not None:
+            word = "diverged" if isinstance(err, ReplayDiverged) else "refused" if _rejects(err) else "undecided"
+            found.append(err)
+        counts[word] += 1
+        if args.json:
+            body = outcome.as_json() if isinstance(outcome, ReplayResult) else {"replay": word, **_refusal(outcome)}
+            _print_json({"bundle": str(path), "simulated": simulated, **body})
+        else:
+            why = "" if err is None else f" ({err.code}): {' '.join(terminal.printable(str(err)).split())}"
+            kind = f" ({outcome.equivalence.value})" if isinstance(outcome, ReplayResult) and err is None else ""
+            print(f"{path}: {word}{kind}{why}", flush=True)
+
+    by_profile: dict[str, list[tuple[Path, Verification]]] = {}
+    for path in args.bundle:
+        try:
+            verified = _verified(args, path, policy, quiet=True)
+        except CountermarkError as err:
+            settle(path, err)
+        else:
+            by_profile.setdefault(verified.receipt.intent.stack.profile, []).append((path, verified))
+    if any(verified.verdict.simulated for group in by_profile.values() for _, verified in group):
+        terminal.show_simulated()
+    for profile, group in by_profile.items():
+        try:
+            with terminal.progress("loading the weights"):
+                runner = load_runner(profile, args.weights, args.device)
+        except CountermarkError as err:
+            for path, verified in group:
+                settle(path, err, verified.verdict.simulated)
+            continue
+        for index, outcome in replay_many([verified for _, verified in group], runner, args.mode):
+            path, verified = group[index]
+            settle(path, outcome, verified.verdict.simulated)
+    if args.json:
+        _print_json({"summary": {"bundles": len(args.bundle), **counts}})
+    else:
+        print(f"{len(args.bundle)} bundles: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
+    return max(found, key=lambda err: (_rejects(err), err.exit_code), default=None)
 
 
 def _policy_new(args: argparse.Namespace) -> None:
@@ -284,14 +341,31 @@ def _policy_pin(args: argparse.Namespace) -> None:
     terminal.note(f"{args.policy}: accepts {accepted}, {roots}")
 
 
-def _verified(args: argparse.Namespace) -> Verification:
+def _verified(args: argparse.Namespace, path: Path, policy: Policy, *, quiet: bool = False) -> Verification:
     at, basis = (int(time.time()), TimeBasis.NOW) if args.at is None else (args.at, TimeBasis.ASSUMED)
-    policy: Policy = load_policy(args.policy)
-    verified = verify_bundle(read_bundle(args.bundle), policy, at, time_basis=basis)
-    if verified.verdict.simulated:
-        terminal.show_simulated()
-    terminal.show_checks(verified.checks)
+    verified = verify_bundle(read_bundle(path), policy, at, time_basis=basis)
+    if not quiet:
+        if verified.verdict.simulated:
+            terminal.show_simulated()
+        terminal.show_checks(verified.checks)
     return verified
+
+
+def _rejects(err: CountermarkError) -> bool:
+    """Something was checked and is wrong; otherwise it could not be decided, which is the lesser exit code of two."""
+    return isinstance(err, VerificationError | FormatError)
+
+
+def _refusal(err: CountermarkError) -> dict[str, Any]:
+    word = "reject" if _rejects(err) else "undecidable"
+    return {
+        "verdict": word,
+        "verification": word,
+        "code": err.code,
+        "step": err.step,
+        "message": str(err),
+        "checks": [check.as_json() for check in err.checks],
+    }
 
 
 def _show_verdict(verdict: Verdict) -> None:

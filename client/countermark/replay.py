@@ -1,8 +1,8 @@
 """Run a verified answer again and say whether it came out the same.
 
 The client has no engine: whoever can execute a numerics profile registers a loader under the entry-point group
-`countermark.runners` (name: the profile id; value: `load_runner(weights_dir: Path) -> Runner`). `Runner` uses plain
-types only, so an engine satisfies it without importing this module.
+`countermark.runners` (name: the profile id; value: `load_runner(weights_dir: Path, device: str) -> Runner`). `Runner`
+uses plain types only, so an engine satisfies it without importing this module.
 
 Only a checked receipt is replayed. Compared, in this order, up to the first difference:
 
@@ -12,12 +12,13 @@ Only a checked receipt is replayed. Compared, in this order, up to the first dif
 4 end: the answer ends at its last token, for the recorded reason, and not before
 5 text: it is what the tokens spell
 
-Not checked here: that the runner is what it says; a replay shows the result to whoever runs it.
+`replay_many` compares many answers at once: an audit computes them together, and each result is what the answer alone
+would have given. Not checked here: that the runner is what it says; a replay shows the result to whoever runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -26,11 +27,21 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from countermark.asked import parse_request
-from countermark.errors import FormatError, ReplayDiverged, RequestError, Undecidable, WeightsError
+from countermark.errors import (
+    CountermarkError,
+    FormatError,
+    ReplayDiverged,
+    RequestError,
+    Undecidable,
+    WeightsError,
+)
 from countermark.formats.records import Stack
 from countermark.numerics import refuse_retired, require_executable
 from countermark.receipt import CheckedReceipt
 from countermark.verify import Verification
+
+Recorded = tuple[tuple[int, ...], tuple[int, ...], tuple[bytes, ...], Mapping[str, object]]
+"""One answer to audit: prompt tokens, output tokens, a fingerprint for each of those, sampling."""
 
 
 class Runner(Protocol):
@@ -71,17 +82,15 @@ class Runner(Protocol):
         """What an output reads and how it ends: the text, the finish reason (None: it is not over), and after how many
         of the tokens."""
 
-    def audit(
-        self,
-        prompt_tokens: tuple[int, ...],
-        output_tokens: tuple[int, ...],
-        fingerprints: tuple[bytes, ...],
-        sampling: Mapping[str, object],
-    ) -> Mapping[str, Any] | None:
-        """One teacher-forced pass. None when every sampled token and every fingerprint is as recorded.
+    def audit_many(
+        self, answers: Iterable[Recorded]
+    ) -> Iterator[tuple[int, Mapping[str, Any] | CountermarkError | None]]:
+        """Teacher-forced passes over many answers: each one's index with its result, in the order they are done.
 
-        Else the first difference: `position` (index into the output), `recorded_token`, `local_token`: int,
-        `fingerprint_equal`: bool, `logit_gap`: float (local logit of the local token minus that of the recorded one).
+        None when every sampled token and every fingerprint is as recorded. Else the first difference: `position` (index
+        into the output), `recorded_token`, `local_token`: int, `fingerprint_equal`: bool, `logit_gap`: float (local
+        logit of the local token minus that of the recorded one). An error is the result of the answer that caused it
+        and of no other.
         """
 
     def regenerate(
@@ -154,11 +163,11 @@ class ReplayResult:
         """Prompt, tokens, fingerprints, end and text are as recorded."""
         return self.divergence is None
 
-    def require_identical(self) -> None:
-        """Raises `ReplayDiverged`, saying where: `replay.prompt_tokens`, `replay.diverged` (output tokens or
-        fingerprints), `replay.finish_reason`, `replay.text`."""
+    @property
+    def difference(self) -> ReplayDiverged | None:
+        """What `require_identical` would raise."""
         if (at := self.divergence) is None:
-            return
+            return None
         expected = f"expected {at.recorded_token}, as recorded, got {at.local_token}"
         messages = {
             Part.PROMPT: f"prompt token {at.position}: {expected}",
@@ -168,7 +177,13 @@ class ReplayResult:
         }
         if at.part is Part.OUTPUT and at.recorded_token == at.local_token:
             messages[Part.OUTPUT] = f"token {at.position}: same token, other logits (fingerprints differ)"
-        raise ReplayDiverged(messages[at.part], code=f"replay.{at.part.value}")
+        return ReplayDiverged(messages[at.part], code=f"replay.{at.part.value}")
+
+    def require_identical(self) -> None:
+        """Raises `ReplayDiverged`, saying where: `replay.prompt_tokens`, `replay.diverged` (output tokens or
+        fingerprints), `replay.finish_reason`, `replay.text`."""
+        if (difference := self.difference) is not None:
+            raise difference
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready dict with stable keys."""
@@ -184,8 +199,8 @@ class ReplayResult:
         }
 
 
-def load_runner(profile: str, weights_dir: Path) -> Runner:
-    """Find what can execute a profile on this machine and load the weights into it.
+def load_runner(profile: str, weights_dir: Path, device: str = "cpu") -> Runner:
+    """Find what can execute a profile on this machine and load the weights into it. `device`: `cpu` or `cuda`.
 
     Raises `Undecidable`: `profile.retired`, `profile.unknown` (to this version) or `replay.no_runner` (no engine is
     installed); and what the engine raises on bad weights.
@@ -199,7 +214,7 @@ def load_runner(profile: str, weights_dir: Path) -> Runner:
     except ImportError as err:  # registered by this very distribution, but its extra is not installed
         message = f"profile {profile}: no engine is installed ({err}); pip install 'countermark[appliance]'"
         raise Undecidable(message, code="replay.no_runner") from err
-    runner: Runner = load(weights_dir)
+    runner: Runner = load(weights_dir, device)
     return runner
 
 
@@ -211,10 +226,51 @@ def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode |
     profile), `replay.hardware` (the profile promises nothing across machines); `FormatError` on a record that cannot be
     run.
     """
+    ((_, outcome),) = replay_many([verified], runner, mode)
+    if isinstance(outcome, CountermarkError):
+        raise outcome
+    return outcome
+
+
+def replay_many(
+    answers: Iterable[Verification | CheckedReceipt], runner: Runner, mode: Mode | str = Mode.AUDIT
+) -> Iterator[tuple[int, ReplayResult | CountermarkError]]:
+    """`replay` for many: the index of each with its result, or with what `replay` would have raised; as they are done.
+
+    One that cannot be run or that diverges changes nothing for the others.
+    """
     mode = Mode(mode)
-    receipt = verified.receipt if isinstance(verified, Verification) else verified
-    intent, answer = receipt.intent, receipt.answer
-    stack = intent.stack
+    waiting: list[tuple[int, CheckedReceipt, Mapping[str, str]]] = []
+    for number, verified in enumerate(answers):
+        receipt = verified.receipt if isinstance(verified, Verification) else verified
+        try:
+            local = _runnable_on(receipt, runner)
+            divergence = _prompt(receipt, runner)
+            if divergence is None and mode is Mode.AUDIT:
+                waiting.append((number, receipt, local))
+                continue
+            divergence = divergence or _regenerate(receipt, runner) or _spelled(receipt, runner)
+        except CountermarkError as err:
+            yield number, err
+        else:
+            yield number, _result(receipt, mode, local, divergence)
+    if not waiting:
+        return
+    for index, found in runner.audit_many(_recorded_answer(receipt) for _, receipt, _ in waiting):
+        number, receipt, local = waiting[index]
+        try:
+            if isinstance(found, CountermarkError):
+                raise found
+            divergence = _spelled(receipt, runner) if found is None else _differs(found)
+        except CountermarkError as err:
+            yield number, err
+        else:
+            yield number, _result(receipt, mode, local, divergence)
+
+
+def _runnable_on(receipt: CheckedReceipt, runner: Runner) -> Mapping[str, str]:
+    """The runner's environment, once it is certain that it may run this answer."""
+    stack = receipt.intent.stack
     refuse_retired(stack.profile)
     if runner.profile != stack.profile:
         message = f"profile: expected {stack.profile}, got a runner of {runner.profile}"
@@ -222,20 +278,30 @@ def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode |
     if runner.weights_root != stack.weights_root:
         message = f"weights root: expected {stack.weights_root.hex()}, got {runner.weights_root.hex()}"
         raise WeightsError(message, code="replay.weights_root")
-    recorded, local = _recorded(stack), dict(runner.environment)
-    same = all(local.get(name) == recorded[name] for name in _RECORDED)
-    if not same and "hardware" not in stack.claims:
+    local = dict(runner.environment)
+    if "hardware" not in stack.claims and not _same_stack(stack, local):
         message = f"profile {stack.profile}: promises the same bits on the same stack only, and this is another"
         raise Undecidable(message, code="replay.hardware")
     _check_artefact(receipt, runner)
-    run = _audit if mode is Mode.AUDIT else _regenerate
+    return local
+
+
+def _same_stack(stack: Stack, local: Mapping[str, str]) -> bool:
+    recorded = _recorded(stack)
+    return all(local.get(name) == recorded[name] for name in _RECORDED)
+
+
+def _result(
+    receipt: CheckedReceipt, mode: Mode, local: Mapping[str, str], divergence: Divergence | None
+) -> ReplayResult:
+    stack = receipt.intent.stack
     return ReplayResult(
         mode=mode,
         profile=stack.profile,
-        positions=len(answer.tokens),
-        equivalence=Equivalence.SAME_STACK if same else Equivalence.SAME_PROFILE,
-        divergence=_prompt(receipt, runner) or run(receipt, runner) or _spelled(receipt, runner),
-        recorded=recorded,
+        positions=len(receipt.answer.tokens),
+        equivalence=Equivalence.SAME_STACK if _same_stack(stack, local) else Equivalence.SAME_PROFILE,
+        divergence=divergence,
+        recorded=_recorded(stack),
         local=local,
     )
 
@@ -305,11 +371,12 @@ def _sampling(receipt: CheckedReceipt) -> Mapping[str, object]:
     return {item.name: getattr(sampling, item.name) for item in fields(sampling)}
 
 
-def _audit(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
+def _recorded_answer(receipt: CheckedReceipt) -> Recorded:
     answer, prompt = receipt.answer, receipt.accepted.acceptance.prompt_tokens
-    found = runner.audit(prompt, answer.tokens, answer.fingerprints, _sampling(receipt))
-    if found is None:
-        return None
+    return prompt, answer.tokens, answer.fingerprints, _sampling(receipt)
+
+
+def _differs(found: Mapping[str, Any]) -> Divergence:
     return Divergence(
         part=Part.OUTPUT,
         position=int(found["position"]),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from countermark import cli
 from countermark import replay as module
-from countermark.errors import CountermarkError, ReplayDiverged, Undecidable, WeightsError
+from countermark.bundle import encode_bundle
+from countermark.errors import CountermarkError, FormatError, ReplayDiverged, Undecidable, WeightsError
 from countermark.numerics import CURRENT
-from countermark.replay import Equivalence, Mode, Runner, load_runner, replay
+from countermark.policy import encode_policy
+from countermark.replay import Equivalence, Mode, Recorded, ReplayResult, Runner, load_runner, replay, replay_many
 from countermark.verify import Verification, verify_bundle
 from one_answer import (
     FINGERPRINTS,
@@ -37,6 +41,7 @@ class Memory:
         self.weights_root = WEIGHTS_ROOT
         self.environment: dict[str, str] = {"kernel_digest": "00", "cpu": "another"}
         self.given: list[object] = []
+        self.refusal: CountermarkError | None = None
         self.asked: object = None
         self.prompt: tuple[int, ...] = PROMPT_TOKENS
         self.spelled: tuple[str, str | None, int] = (TEXT, "eos", 3)
@@ -63,15 +68,17 @@ class Memory:
         assert (output_tokens, max_tokens, stop, ignore_eos) == (OUTPUT_TOKENS, 8, ("\n\n",), False)
         return self.spelled
 
-    def audit(
-        self,
-        prompt_tokens: tuple[int, ...],
-        output_tokens: tuple[int, ...],
-        fingerprints: tuple[bytes, ...],
-        sampling: Mapping[str, object],
-    ) -> Mapping[str, Any] | None:
-        self.given = [prompt_tokens, output_tokens, fingerprints, dict(sampling)]
-        for i, (token, mark) in enumerate(zip(output_tokens, fingerprints, strict=True)):
+    def audit_many(
+        self, answers: Iterable[Recorded]
+    ) -> Iterator[tuple[int, Mapping[str, Any] | CountermarkError | None]]:
+        """The last one first, as an engine may."""
+        taken = list(enumerate(answers))
+        for index, (prompt_tokens, output_tokens, fingerprints, sampling) in reversed(taken):
+            self.given = [prompt_tokens, output_tokens, fingerprints, dict(sampling)]
+            yield index, self.refusal or self._first_difference(output_tokens, fingerprints)
+
+    def _first_difference(self, output: tuple[int, ...], prints: tuple[bytes, ...]) -> Mapping[str, Any] | None:
+        for i, (token, mark) in enumerate(zip(output, prints, strict=True)):
             if (token, mark) != (self.tokens[i], self.prints[i]):
                 return {
                     "position": i,
@@ -240,6 +247,105 @@ def test_a_profile_that_nobody_executes_and_a_missing_engine(monkeypatch: pytest
 def test_an_unknown_mode(verified: Verification) -> None:
     with pytest.raises(ValueError, match="guess"):
         replay(verified, Memory(), "guess")
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_many_are_what_each_is_alone(world: World, verified: Verification, mode: Mode) -> None:
+    runner = Memory(tokens=(12, 6, 2))
+    alone = replay(verified, runner, mode)
+    assert not alone.identical
+    outcomes = dict(replay_many([verified, world.checked, verified], runner, mode))
+    assert outcomes == {0: alone, 1: alone, 2: alone}
+    assert dict(replay_many([], runner, mode)) == {}
+    runner.weights_root = bytes(32)
+    refused = dict(replay_many([verified, verified], runner, mode))
+    assert [type(refused[i]) for i in (0, 1)] == [WeightsError, WeightsError]
+
+
+def test_what_the_runner_refuses_is_that_answers_own_result(verified: Verification) -> None:
+    runner = Memory()
+    runner.refusal = FormatError("tokens: expected others", code="replay.tokens")
+    assert dict(replay_many([verified, verified], runner)) == {0: runner.refusal, 1: runner.refusal}
+    with pytest.raises(FormatError) as caught:
+        replay(verified, runner)
+    assert caught.value.code == "replay.tokens"
+    runner.prompt = (1, 17, 98, 4)  # found before the runner is asked
+    (outcome,) = dict(replay_many([verified], runner)).values()
+    assert isinstance(outcome, ReplayResult)
+    assert outcome.divergence is not None
+
+
+@pytest.fixture
+def files(world: World, tmp_path: Path) -> Path:
+    """good.cmk and same.cmk, forged.cmk (another text), policy.toml."""
+    bundle = world.bundle()
+    for name in ("good.cmk", "same.cmk"):
+        (tmp_path / name).write_bytes(encode_bundle(bundle))
+    forged = dataclasses.replace(bundle, answer=dataclasses.replace(bundle.answer, text="London."))
+    (tmp_path / "forged.cmk").write_bytes(encode_bundle(forged))
+    (tmp_path / "policy.toml").write_text(encode_policy(world.machine.policy))
+    return tmp_path
+
+
+def replay_files(files: Path, *names: str, runner: Memory, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(cli, "load_runner", lambda _profile, _weights, _device: runner)
+    options = ["--policy", str(files / "policy.toml"), "--weights", str(files), "--at", "2027-01-15T08:00:00Z"]
+    paths = [name if name.startswith("--") else str(files / name) for name in names]
+    return cli.main(["replay", *paths, *options])
+
+
+def test_several_bundles_on_the_command_line(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = Memory()
+    assert replay_files(files, "good.cmk", "same.cmk", runner=runner, monkeypatch=monkeypatch) == 0
+    seen = capsys.readouterr()
+    assert seen.out.splitlines() == [
+        f"{files / 'same.cmk'}: identical (same profile on other hardware)",
+        f"{files / 'good.cmk'}: identical (same profile on other hardware)",
+        "2 bundles: 2 identical, 0 diverged, 0 refused, 0 undecided",
+    ]
+    assert "SIMULATED" in seen.err
+    assert replay_files(files, "good.cmk", "same.cmk", "none.cmk", runner=runner, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "3 bundles: 2 identical, 0 diverged, 0 refused, 1 undecided"
+
+
+def test_the_worst_of_several_is_the_exit_code(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not verified never reaches the runner; a rejection weighs more than what cannot be decided."""
+    runner = Memory()
+    names = ("forged.cmk", "good.cmk", "none.cmk", "--json")
+    assert replay_files(files, *names, runner=runner, monkeypatch=monkeypatch) == 20
+    *each, last = map(json.loads, capsys.readouterr().out.splitlines())
+    by_name = {Path(item["bundle"]).name: item for item in each}
+    assert {name: item["replay"] for name, item in by_name.items()} == {
+        "forged.cmk": "refused",
+        "good.cmk": "identical",
+        "none.cmk": "undecided",
+    }
+    assert by_name["forged.cmk"]["code"] == "receipt.output_text"
+    assert by_name["good.cmk"]["simulated"] is True
+    assert last == {"summary": {"bundles": 3, "identical": 1, "diverged": 0, "refused": 1, "undecided": 1}}
+    assert runner.given[1] == OUTPUT_TOKENS
+
+    other = Memory(tokens=(12, 6, 2))
+    assert replay_files(files, "forged.cmk", "good.cmk", "none.cmk", runner=other, monkeypatch=monkeypatch) == 30
+    other.given = []
+    assert replay_files(files, "forged.cmk", "forged.cmk", runner=other, monkeypatch=monkeypatch) == 20
+    assert other.given == []
+
+
+def test_one_bundle_prints_one_object(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert replay_files(files, "good.cmk", "--json", runner=Memory(), monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["replay"] == "identical"
+    runner = Memory(tokens=(12, 6, 2))
+    assert replay_files(files, "good.cmk", "--json", runner=runner, monkeypatch=monkeypatch) == 30
+    assert json.loads(capsys.readouterr().out)["replay"] == "diverged"
+    assert replay_files(files, "forged.cmk", "--json", runner=runner, monkeypatch=monkeypatch) == 20
+    assert json.loads(capsys.readouterr().out)["code"] == "receipt.output_text"
 
 
 def test_nothing_unverified_is_replayed(world: World) -> None:

@@ -28,7 +28,7 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Runner:
+def runner() -> ExactRunner:
     return ExactRunner(TinyArtefact("qwen3"))
 
 
@@ -39,12 +39,11 @@ def generated(engine: Engine, request: Request) -> tuple[Prepared, DoneEvent, Ma
 
 
 def test_what_was_generated_is_confirmed_both_ways(
-    engine: Engine, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, runner: ExactRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(9)
     for step in (1, 3, 512):
-        monkeypatch.setattr(replay_module, "PROMPT_STEP", step * 5)
-        monkeypatch.setattr(replay_module, "OUTPUT_STEP", step)
+        monkeypatch.setattr(runner, "_step_tokens", step)
         for _ in range(6):
             request = some_request(rng)
             prepared, done, sampling = generated(engine, request)
@@ -55,7 +54,7 @@ def test_what_was_generated_is_confirmed_both_ways(
             assert again == (done.output_tokens, done.fingerprints)
 
 
-def test_regenerate_stops_at_the_stop_string(engine: Engine, runner: Runner) -> None:
+def test_regenerate_stops_at_the_stop_string(engine: Engine, runner: ExactRunner) -> None:
     free = generated(engine, Request(prompt="dog", max_tokens=30, seed=4, temperature=1.0, ignore_eos=True))[1]
     request = Request(prompt="dog", max_tokens=30, seed=4, temperature=1.0, ignore_eos=True, stop=(free.text[5:7],))
     prepared, done, sampling = generated(engine, request)
@@ -64,7 +63,7 @@ def test_regenerate_stops_at_the_stop_string(engine: Engine, runner: Runner) -> 
     assert (tokens, marks) == (done.output_tokens, done.fingerprints)
 
 
-def test_the_first_difference_is_named(engine: Engine, runner: Runner) -> None:
+def test_the_first_difference_is_named(engine: Engine, runner: ExactRunner) -> None:
     request = Request(prompt="the lazy dog", max_tokens=12, temperature=0.7, seed=3, ignore_eos=True)
     prepared, done, sampling = generated(engine, request)
     prompt, output, marks = prepared.prompt_tokens, done.output_tokens, done.fingerprints
@@ -133,7 +132,7 @@ MARK = bytes(16)
     ],
 )
 def test_records_that_cannot_be_are_refused(
-    runner: Runner,
+    runner: ExactRunner,
     tokens: tuple[tuple[int, ...], tuple[int, ...]],
     marks: tuple[bytes, ...],
     change: dict[str, object],
@@ -144,11 +143,16 @@ def test_records_that_cannot_be_are_refused(
     assert err.value.code == code
 
 
-def test_an_empty_answer_audits(runner: Runner) -> None:
+def test_an_empty_answer_audits(runner: ExactRunner) -> None:
     assert runner.audit((5,), (), (), SAMPLING) is None
 
 
-def test_environment_is_plain_text(runner: Runner) -> None:
+def test_the_client_can_use_it(runner: ExactRunner) -> None:
+    client: Runner = runner
+    assert list(client.audit_many([((5,), (), (), SAMPLING)])) == [(0, None)]
+
+
+def test_environment_is_plain_text(runner: ExactRunner) -> None:
     assert runner.profile == PROFILE == CURRENT
     assert len(runner.weights_root) == 32
     assert {"kernel_digest", "engine", "torch", "cpu", "backend", "gpus"} <= runner.environment.keys()

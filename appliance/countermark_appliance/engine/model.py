@@ -172,10 +172,13 @@ class Model:
         Running a chunk again writes the same bits again. Raises `NumericsError` where a value leaves the profile's
         range; which chunk it was in is not known. Raises `MemoryError` where the work does not fit.
         """
-        with _memory_errors():
-            return self._forward(chunks)
+        return self.logits(self.hidden(chunks))
 
-    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """`forward` up to the head: what `logits` makes the wanted logits of, [rows, hidden] f32.
+
+        On a GPU it is `logits` that raises what went wrong here.
+        """
         ids: list[int] = []
         spans: list[Span] = []
         rows: list[int] = []
@@ -184,13 +187,18 @@ class Model:
             ids += chunk.tokens
             spans.append(Span(cache=chunk.cache, start=start, end=len(ids), position=chunk.start))
             rows += range(len(ids) - chunk.logits, len(ids))
-        x = self._decoder.forward(self._embed[self._indices(ids)], spans)
-        if len(rows) < len(ids):
-            x = x[self._indices(rows)]
-        logits = self._decoder.logits(x) if rows else torch.empty(0, self.vocab, device=self.device)
-        if logits.is_cuda:
-            gpu("flags").raise_pending(logits.device)
-        return logits
+        with _memory_errors():
+            x = self._decoder.forward(self._embed[self._indices(ids)], spans)
+            return x[self._indices(rows)] if len(rows) < len(ids) else x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head over some rows of `hidden`: [rows, vocab] f32."""
+        with _memory_errors():
+            rows = hidden.shape[0]
+            logits = self._decoder.logits(hidden) if rows else torch.empty(0, self.vocab, device=self.device)
+            if logits.is_cuda:
+                gpu("flags").raise_pending(logits.device)
+            return logits
 
     def _indices(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -1,58 +1,67 @@
-"""Run a recorded answer again on this machine: `audit` in one teacher-forced pass, `regenerate` token by token.
+"""Run recorded answers again on this machine: `audit` by teacher-forced passes, `regenerate` token by token.
 
-Audit works because prefill equals decode in the exact profile: the logits of every position come out of one pass over
-prompt and output, and at each position the profile's own sampler must pick the recorded token and the fingerprint must
-be the recorded one. `assemble` and `spell` redo what happened before and after the model: input to ids, ids to text and
-end, by the code that served them. Satisfies `countermark.replay.Runner` structurally; plain types only. Not checked
-here: that the record is genuine; the caller has verified it.
+`audit_many` packs many answers into its passes (see `audit.py`). `assemble` and `spell` redo what happened before and
+after the model: input to ids, ids to text and end, by the code that served them. Satisfies `countermark.replay.Runner`
+structurally; plain types only. Not checked here: that a record is genuine; the caller has verified it. That it can be
+run at all is checked: a record may be genuine and absurd.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from countermark.errors import FormatError
+from countermark.errors import CountermarkError, FormatError, Undecidable
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.assembler import Assembler
-from countermark_appliance.engine.draw import Row, draw
+from countermark_appliance.engine.audit import Difference, Outcome, Recording, audit_all, failed
+from countermark_appliance.engine.draw import draw
 from countermark_appliance.engine.engine import cpu_model, engine_version
-from countermark_appliance.engine.model import Chunk, Model
+from countermark_appliance.engine.model import Cache, Chunk, Model
 from countermark_appliance.engine.request import Message
 from countermark_appliance.engine.sampling import ResolvedSampling
 from countermark_appliance.engine.selftest import self_test
+from countermark_appliance.engine.step import Row
 from countermark_appliance.engine.text import Output
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_appliance.engine.weights import Artefact
 from countermark_kernels import PROFILE, kernel_digest, launch
+from countermark_kernels.ieee import NumericsError
 from countermark_kernels.sampler import SamplerParams
 
-PROMPT_STEP = 512
-OUTPUT_STEP = 128  # rows of logits held at a time
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of a step, by device: enough to keep it busy."""
+
+Recorded = tuple[Sequence[int], Sequence[int], Sequence[bytes], Mapping[str, object]]
+"""Prompt tokens, output tokens, a fingerprint for each of those, sampling."""
 
 
-def load_runner(weights_dir: Path) -> ExactRunner:
-    """Load an artefact, every block verified against its root, on all cores.
+def load_runner(weights_dir: Path, device: str = "cpu") -> ExactRunner:
+    """Load an artefact, every block verified against its root, onto `cpu` (all cores) or `cuda`.
 
-    Raises `WeightsError` (which block), `FormatError`, `VerificationError` (`engine.self_test`).
+    Raises `WeightsError` (which block), `FormatError`, `VerificationError` (`engine.self_test`), `Undecidable`
+    (`replay.device`).
     """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise Undecidable(f"device: expected a GPU for {device!r:.20}, found none", code="replay.device")
     launch.set_threads(len(os.sched_getaffinity(0)))
-    return ExactRunner(weights.load(weights_dir, verify=True))
+    return ExactRunner(weights.load(weights_dir, verify=True), device)
 
 
 class ExactRunner:
     """Executes profile `exact-v1` with one set of weights."""
 
-    def __init__(self, artefact: Artefact) -> None:
+    def __init__(self, artefact: Artefact, device: str = "cpu") -> None:
+        """Raises `FormatError` (tokenizer, template), `VerificationError` (`engine.self_test`)."""
         self._artefact = artefact
         self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=artefact.config.vocab)
         self._assembler = Assembler(artefact, self._tokenizer)
-        self._model = Model(artefact)
+        self._model = Model(artefact, device)
+        self._step_tokens = STEP_TOKENS[self._model.device.type]
         self_test(self._model)
 
     @property
@@ -65,13 +74,15 @@ class ExactRunner:
 
     @property
     def environment(self) -> Mapping[str, str]:
+        device = self._model.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         return {
             "kernel_digest": kernel_digest().hex(),
             "engine": engine_version(),
             "torch": torch.__version__,
             "cpu": cpu_model(),
-            "backend": launch.backend(),
-            "gpus": "",
+            "backend": launch.backend() if gpu is None else "triton",
+            "gpus": gpu or "",
         }
 
     @property
@@ -105,35 +116,43 @@ class ExactRunner:
             text.append(output.finish())
         return "".join(text), output.end, output.count
 
+    def audit_many(self, answers: Iterable[Recorded]) -> Iterator[tuple[int, Outcome]]:
+        """Check many answers by teacher-forced passes; each one's index and outcome, in the order they are done.
+
+        None when every token and every fingerprint is as recorded; else the first difference (`audit.Difference`), or
+        the error that this answer alone would raise: `FormatError` (`replay.tokens`, `replay.sampling`: it cannot have
+        been served), `ReplayDiverged` (`replay.numerics`: a value outside the profile's range on the way),
+        `Undecidable` (`replay.memory`). `answers` is read as there is room.
+        """
+        refused: list[tuple[int, CountermarkError]] = []
+
+        def recordings() -> Iterator[Recording]:
+            for index, answer in enumerate(answers):
+                try:
+                    recording = self._recording(index, *answer)
+                except FormatError as err:
+                    refused.append((index, err))
+                else:
+                    yield recording
+
+        for recording in audit_all(self._model, recordings(), self._step_tokens):
+            yield recording.index, recording.outcome
+            while refused:
+                yield refused.pop()
+        yield from refused
+
     def audit(
         self,
         prompt_tokens: tuple[int, ...],
         output_tokens: tuple[int, ...],
         fingerprints: tuple[bytes, ...],
         sampling: Mapping[str, object],
-    ) -> Mapping[str, object] | None:
-        """None when every token and every fingerprint is as recorded; else the first difference.
-
-        The difference: `position` (index into the output), `recorded_token`, `local_token`, `fingerprint_equal`,
-        `logit_gap` (raw logit of the local token minus that of the recorded one), `recorded_fingerprint`,
-        `local_fingerprint`. Raises `FormatError` (`replay.tokens`, `replay.sampling`).
-        """
-        tokens = self._checked(prompt_tokens, output_tokens)
-        if len(fingerprints) != len(output_tokens):
-            raise FormatError(
-                f"fingerprints: expected {len(output_tokens)}, got {len(fingerprints)}", code="replay.tokens"
-            )
-        params = kernel_params(sampling, self._model.vocab)
-        prompt = len(prompt_tokens)
-        for first, logits in self._teacher_forced(tokens, prompt):
-            rows = [Row(params=params, tokens=tokens, prompt=prompt, length=first + i) for i in range(logits.shape[0])]
-            ids, marks = draw(logits, rows)
-            for i, local in enumerate(zip(ids, marks, strict=True)):
-                at = first + i - prompt
-                recorded = (output_tokens[at], fingerprints[at])
-                if local != recorded:
-                    return _difference(at, logits[i], recorded=recorded, local=local)
-        return None
+    ) -> Difference | None:
+        """`audit_many` of one. Raises what that gives as an outcome."""
+        ((_, outcome),) = self.audit_many([(prompt_tokens, output_tokens, fingerprints, sampling)])
+        if isinstance(outcome, CountermarkError):
+            raise outcome
+        return outcome
 
     def regenerate(
         self,
@@ -143,40 +162,47 @@ class ExactRunner:
         ignore_eos: bool,
         sampling: Mapping[str, object],
     ) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
-        """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
+        """Generate again from the prompt: token ids and one 16-byte fingerprint for each.
+
+        Raises `FormatError`, `ReplayDiverged`, `Undecidable` as `audit_many` gives them.
+        """
         tokens = self._checked(prompt_tokens, ())
         params = kernel_params(sampling, self._model.vocab)
         limit = min(max_tokens, self._model.context - len(tokens))
         output = self._output(limit, stop, ignore_eos)
-        cache, done = self._model.new_cache(len(tokens) + limit), 0
+        try:
+            marks = self._generate(tokens, params, output, self._model.new_cache(len(tokens) + limit))
+        except (NumericsError, MemoryError) as err:
+            raise failed(err) from err
+        return tuple(tokens[len(prompt_tokens) :]), tuple(marks)
+
+    def _generate(self, tokens: list[int], params: SamplerParams, output: Output, cache: Cache) -> list[bytes]:
+        """Append to `tokens` until `output` ends; the fingerprints."""
+        prompt, done = len(tokens), 0
         marks: list[bytes] = []
         while output.end is None:
-            end = min(done + PROMPT_STEP, len(tokens))
+            end = min(done + self._step_tokens, len(tokens))
             chunk = Chunk(cache=cache, start=done, tokens=tokens[done:end], logits=int(end == len(tokens)))
             logits = self._model.forward([chunk])
             done = end
             if not chunk.logits:
                 continue
-            rows = [Row(params=params, tokens=tokens, prompt=len(prompt_tokens), length=len(tokens))]
+            rows = [Row(params=params, tokens=tokens, prompt=prompt, length=len(tokens))]
             (token,), (mark,) = draw(logits, rows)
             tokens.append(token)
             marks.append(mark)
             output.push(token)
-        return tuple(tokens[len(prompt_tokens) :]), tuple(marks)
+        return marks
 
-    def _teacher_forced(self, tokens: list[int], prompt: int) -> Iterator[tuple[int, Tensor]]:
-        """Logits [rows, vocab] of every position before an output token, in steps; with the first one's length."""
-        end = len(tokens) - 1
-        cache, done = self._model.new_cache(end), 0
-        while done < end:
-            stop = min(end, done + PROMPT_STEP) if done < prompt - 1 else min(end, done + OUTPUT_STEP)
-            if done < prompt - 1 < stop:
-                stop = min(stop, prompt - 1 + OUTPUT_STEP)
-            wanted = max(0, stop - max(done, prompt - 1))
-            logits = self._model.forward([Chunk(cache=cache, start=done, tokens=tokens[done:stop], logits=wanted)])
-            done = stop
-            if wanted:
-                yield done - wanted + 1, logits
+    def _recording(
+        self, index: int, prompt: Sequence[int], output: Sequence[int], marks: Sequence[bytes], sampling: Any
+    ) -> Recording:
+        tokens = self._checked(prompt, output)
+        if len(marks) != len(output) or not all(isinstance(mark, bytes) for mark in marks):
+            message = f"fingerprints: expected {len(output)} of bytes, got {len(marks)}"
+            raise FormatError(message, code="replay.tokens")
+        params = kernel_params(sampling, self._model.vocab)
+        return Recording(index=index, tokens=tokens, prompt=len(prompt), fingerprints=marks, params=params)
 
     def _checked(self, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
         tokens = [*prompt, *output]
@@ -187,7 +213,7 @@ class ExactRunner:
         return tokens
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
-        if not all(0 <= token < self._model.vocab for token in tokens):
+        if not all(type(token) is int and 0 <= token < self._model.vocab for token in tokens):
             raise FormatError(f"tokens: expected ids below {self._model.vocab}", code="replay.tokens")
 
     def _output(self, max_tokens: int, stop: tuple[str, ...], ignore_eos: bool) -> Output:
@@ -198,24 +224,25 @@ class ExactRunner:
 def kernel_params(sampling: Mapping[str, Any], vocab: int) -> SamplerParams:
     """The recorded settings as the kernel takes them. Raises `FormatError` (`replay.sampling`)."""
     try:
-        params = ResolvedSampling(**sampling).kernel_params()
-        biased = all(0 <= token < vocab for token in params.logit_bias)
+        settings = ResolvedSampling(**sampling)
+        _check_types(settings)
+        params = settings.kernel_params()
     except (TypeError, ValueError, OverflowError) as err:
         raise FormatError(f"sampling: {err!s:.200}", code="replay.sampling") from err
-    if not biased:
-        raise FormatError(f"sampling.logit_bias: expected ids below {vocab}", code="replay.sampling")
+    if len(params.logit_bias) != len(settings.logit_bias) or not all(0 <= i < vocab for i in params.logit_bias):
+        raise FormatError(f"sampling.logit_bias: expected different ids below {vocab}", code="replay.sampling")
     return params
 
 
-def _difference(
-    position: int, logits: Tensor, *, recorded: tuple[int, bytes], local: tuple[int, bytes]
-) -> Mapping[str, object]:
-    return {
-        "position": position,
-        "recorded_token": recorded[0],
-        "local_token": local[0],
-        "fingerprint_equal": recorded[1] == local[1],
-        "logit_gap": float(logits[local[0]]) - float(logits[recorded[0]]),
-        "recorded_fingerprint": recorded[1].hex(),
-        "local_fingerprint": local[1].hex(),
-    }
+def _check_types(s: ResolvedSampling) -> None:
+    """Raises TypeError: the kernel's own checks are of ranges."""
+    integers = (s.top_k, s.top_p_20bit, s.min_p_20bit, s.seed, *(i for i, _ in s.logit_bias))
+    reals = (
+        s.temperature,
+        s.repetition_penalty,
+        s.presence_penalty,
+        s.frequency_penalty,
+        *(b for _, b in s.logit_bias),
+    )
+    if not all(type(x) is int for x in integers) or not all(type(x) is float for x in reals):
+        raise TypeError("expected integers and floats, got another type")
