@@ -22,7 +22,7 @@ vocabulary up to 2^18). Nothing depends on the other sequences of the batch. Phi
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -74,6 +74,39 @@ class History:
     output: Sequence[int] = ()
 
 
+class Tally:
+    """The ids of a history, each once, and how often it is in the output: what steps 2 and 3 read.
+
+    Kept up token by token, so that a draw need not count a long answer again. `prompt`, `length`: tokens of the prompt
+    and of all.
+    """
+
+    __slots__ = ("_ids", "_places", "_times", "length", "prompt")
+
+    def __init__(self, history: History) -> None:
+        self.prompt, self.length = len(history.prompt), len(history.prompt)
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(history.prompt))}
+        self._ids, self._times = array("q", self._places), array("q", bytes(8 * len(self._places)))
+        for token in history.output:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """One more token of the output."""
+        self.length += 1
+        place = self._places.setdefault(token, len(self._ids))
+        if place == len(self._ids):
+            self._ids.append(token)
+            self._times.append(0)
+        self._times[place] += 1
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The ids and how often each is in the output: int64."""
+        if not self._ids:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        ids, times = (torch.frombuffer(x, dtype=torch.int64).clone() for x in (self._ids, self._times))
+        return ids, times
+
+
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """Philox4x32-10."""
     c0, c1, c2, c3 = counter
@@ -85,33 +118,32 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
-def adjust(logits: Tensor, params: SamplerParams, history: History) -> Tensor:
+def adjust(logits: Tensor, params: SamplerParams, history: History | Tally) -> Tensor:
     """Steps 1 to 3 for logits: [V] f32; the input is left as it is when nothing applies, never changed."""
     penal = params.repetition != 1.0
     counted = params.presence != 0.0 or params.frequency != 0.0
     if not (params.logit_bias or penal or counted):
         return logits
-    _check_ids(params, history, logits.shape[0])
     out = logits.clone()
     if params.logit_bias:
         biased = torch.tensor(sorted(params.logit_bias))
+        _check_ids(biased, logits.shape[0])
         out[biased] = out[biased] + torch.tensor([params.logit_bias[i] for i in biased.tolist()], dtype=torch.float32)
-    if penal and (history.prompt or history.output):
-        seen = torch.tensor(sorted({*history.prompt, *history.output}))
-        l = out[seen]  # noqa: E741 - the specification's name
-        r = torch.full_like(l, params.repetition)
-        out[seen] = torch.where(l > 0.0, ieee.div(l, r), l * r)
-    if counted and history.output:
-        counts = Counter(history.output)
-        made = torch.tensor(sorted(counts))
-        times = torch.tensor([counts[i] for i in made.tolist()])
-        out[made] = (out[made] - params.presence) - ieee.to_f32(times) * params.frequency
+    if penal or counted:
+        seen, times = (history if isinstance(history, Tally) else Tally(history)).seen()
+        _check_ids(seen, logits.shape[0])
+        if penal:
+            l = out[seen]  # noqa: E741 - the specification's name
+            r = torch.full_like(l, params.repetition)
+            out[seen] = torch.where(l > 0.0, ieee.div(l, r), l * r)
+        if counted:
+            made = seen[times > 0]
+            out[made] = (out[made] - params.presence) - ieee.to_f32(times[times > 0]) * params.frequency
     return out
 
 
-def _check_ids(params: SamplerParams, history: History, vocab: int) -> None:
-    ids = {*params.logit_bias, *history.prompt, *history.output}
-    if ids and not 0 <= min(ids) <= max(ids) < vocab:
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise ValueError(f"ids: expected 0..{vocab - 1}, got others")
 
 
@@ -138,7 +170,7 @@ def reference(logits: Tensor, params: SamplerParams, position: int) -> int:
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplerParams], positions: Sequence[int], histories: Sequence[History]
+    logits: Tensor, params: Sequence[SamplerParams], positions: Sequence[int], histories: Sequence[History | Tally]
 ) -> list[int]:
     """logits: [S, V] f32 of the true vocabulary; one entry of each list per row -> S token ids.
 
@@ -173,43 +205,55 @@ def sample(
     return chosen
 
 
+def cuda_record(params: SamplerParams, vocab: int) -> bytes:
+    """A row of gpu/sampler.py's fields: 11 int64, of which position and the places of its state are left open."""
+    p = params
+    filters = (min(p.top_k, vocab), p.top_p_20bit, p.min_p_20bit)
+    penalties = map(_bits, (p.repetition, p.presence, p.frequency))
+    return struct.pack("<11q", _signed(p.seed), 0, *filters, _bits(p.temperature), *penalties, -1, -1)
+
+
 def cuda_settings(params: Sequence[SamplerParams], positions: Sequence[int], vocab: int) -> Tensor:
-    """The parameters of steps 4 to 10 as gpu/sampler.py reads them: [S, 6] int64."""
-    rows = [
-        (_signed(p.seed), position, min(p.top_k, vocab), p.top_p_20bit, p.min_p_20bit, _bits(p.temperature))
-        for p, position in zip(params, positions, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    """The parameters of all rows as gpu/sampler.py reads them: [S, 11] int64."""
+    fields = torch.frombuffer(bytearray().join(cuda_record(p, vocab) for p in params), dtype=torch.int64).view(-1, 11)
+    fields[:, 1] = torch.tensor(positions, dtype=torch.int64)
+    return fields
 
 
-def cuda_adjustments(
-    params: Sequence[SamplerParams], histories: Sequence[History], vocab: int
-) -> tuple[Tensor, Tensor]:
-    """Steps 1 to 3 as gpu/sampler.py reads them: entries [6, N] int32 and settings [S, 3] f32."""
-    entries: list[tuple[int, ...]] = []
+def cuda_adjustments(params: Sequence[SamplerParams], histories: Sequence[History | Tally], vocab: int) -> Tensor:
+    """Steps 1 to 3 as gpu/sampler.py's `adjust` reads them: entries [6, N] int32."""
+    found: list[Tensor] = []
     for row, (p, history) in enumerate(zip(params, histories, strict=True)):
         penal, counted = p.repetition != 1.0, p.presence != 0.0 or p.frequency != 0.0
         if not (p.logit_bias or penal or counted):
             continue
-        _check_ids(p, history, vocab)
-        counts = Counter(history.output) if counted else Counter()
-        seen = {*history.prompt, *history.output} if penal else set()
-        for i in {*p.logit_bias, *seen, *counts}:
-            bias = p.logit_bias.get(i)
-            entries.append((row, i, int(bias is not None), _bits(bias or 0.0), int(i in seen), counts[i]))
-    settings = [(p.repetition, p.presence, p.frequency) for p in params]
-    by_field = torch.tensor(entries, dtype=torch.int32).reshape(-1, 6).T.contiguous()
-    return by_field, torch.tensor(settings, dtype=torch.float32).reshape(-1, 3)
+        seen, times = (history if isinstance(history, Tally) else Tally(history)).seen()
+        if not (penal or counted):
+            seen, times = seen[:0], times[:0]
+        biased = torch.tensor(sorted(p.logit_bias), dtype=torch.int64)
+        bias = torch.tensor([p.logit_bias[i] for i in biased.tolist()], dtype=torch.float32)
+        ids = torch.cat((biased, seen)).unique()
+        _check_ids(ids, vocab)
+        entries = torch.zeros(6, len(ids), dtype=torch.int32)
+        entries[0], entries[1] = row, ids
+        at = torch.searchsorted(ids, biased)
+        entries[2, at], entries[3, at] = 1, bias.view(torch.int32)
+        at = torch.searchsorted(ids, seen)
+        entries[4, at], entries[5, at] = int(penal), times.to(torch.int32) * int(counted)
+        found.append(entries)
+    return torch.cat(found, dim=1) if found else torch.zeros(6, 0, dtype=torch.int32)
 
 
 def _sample_on_cuda(
-    logits: Tensor, params: Sequence[SamplerParams], positions: Sequence[int], histories: Sequence[History]
+    logits: Tensor, params: Sequence[SamplerParams], positions: Sequence[int], histories: Sequence[History | Tally]
 ) -> list[int]:
     kernels, vocab, device = gpu("sampler"), logits.shape[1], logits.device
-    entries, settings = cuda_adjustments(params, histories, vocab)
-    adjusted = kernels.adjust(logits, entries.to(device), settings.to(device))
-    ids = kernels.sample(adjusted, cuda_settings(params, positions, vocab).to(device))
-    gpu("flags").raise_pending(device)
+    with torch.cuda.device(device):
+        fields = cuda_settings(params, positions, vocab).to(device)
+        ids = kernels.sample(
+            kernels.adjust(logits, cuda_adjustments(params, histories, vocab).to(device), fields), fields
+        )
+        gpu("flags").raise_pending(device)
     chosen: list[int] = ids.tolist()
     return chosen
 

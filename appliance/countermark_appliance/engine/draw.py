@@ -8,18 +8,21 @@ from torch import Tensor
 
 from countermark_appliance.engine.step import Row
 from countermark_kernels.fingerprint import encode, fingerprint
-from countermark_kernels.sampler import sample
+from countermark_kernels.sampler import History, Tally, sample
 
 __all__ = ["Row", "draw"]
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[bytes]]:
+def draw(
+    logits: Tensor, rows: Sequence[Row], histories: Sequence[History | Tally] | None = None
+) -> tuple[list[int], list[bytes]]:
     """logits: [S, vocab] f32, one `Row` for each -> the drawn id and the 16-byte fingerprint of each.
 
-    Raises `NumericsError` where a logit is not finite or out of range.
+    `histories`: the rows' own, where they are at hand. Raises `NumericsError` where a logit is not finite or too large.
     """
     if not rows:
         return [], []
     marks = encode(fingerprint(logits, logits.shape[1]))
-    ids = sample(logits, [r.params for r in rows], [r.length for r in rows], [r.history for r in rows])
+    histories = [row.history for row in rows] if histories is None else histories
+    ids = sample(logits, [row.params for row in rows], [row.length for row in rows], histories)
     return ids, marks

@@ -70,10 +70,10 @@ def _score(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    number = tl.load(items + tl.program_id(0) * 2)
+    which = tl.load(items + tl.program_id(0) * 2)
     split = tl.load(items + tl.program_id(0) * 2 + 1)
     head = tl.program_id(1)
-    tile = tiles + number * 5
+    tile = tiles + which * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -133,10 +133,10 @@ def _combine(
     OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    number = tl.load(items + tl.program_id(0) * 2)
+    which = tl.load(items + tl.program_id(0) * 2)
     split = tl.load(items + tl.program_id(0) * 2 + 1)
     head = tl.program_id(1)
-    tile = tiles + number * 5
+    tile = tiles + which * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
     table = tables + tl.load(tile + 3)
     if EARLY:
@@ -151,7 +151,7 @@ def _combine(
     r = tl.arange(0, M)
     x = tl.arange(0, D)
     n = tl.arange(0, N)
-    pair = number * KV_HEADS + head
+    pair = which * KV_HEADS + head
     before = tl.load(tile + 4).to(tl.int64)
     first = before * KV_HEADS + head
     cq = steps.query(s_q, rows, present, c)

@@ -25,15 +25,21 @@ def _factor(x):
 
 
 @triton.jit
+def add(lanes, logits, at):
+    """Add the shares of a block of logits, zero where there is none, of the ids `at` to the two lanes of their row."""
+    pattern = ieee.bits(logits).to(tl.uint32, bitcast=True).to(tl.uint64)
+    index = at.to(tl.uint64) * 2
+    for lane in tl.static_range(2):
+        part = ieee.total((pattern * _factor(index + lane)).to(tl.int64, bitcast=True), 0)
+        ieee.add(lanes + lane, part, None)
+
+
+@triton.jit
 def _kernel(logits, lanes, stride, vocab, SLICE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     l = tl.load(logits + row * stride + at, mask=at < vocab, other=0.0)  # noqa: E741  the specification's name
-    pattern = ieee.bits(l).to(tl.uint32, bitcast=True).to(tl.uint64)
-    index = at.to(tl.uint64) * 2
-    for lane in tl.static_range(2):
-        part = ieee.total((pattern * _factor(index + lane)).to(tl.int64, bitcast=True), 0)
-        ieee.add(lanes + row * 2 + lane, part, None)
+    add(lanes + row * 2, l, at)
 
 
 def fingerprint(logits: Tensor, vocab: int) -> Tensor:

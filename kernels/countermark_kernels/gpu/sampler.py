@@ -1,15 +1,20 @@
-"""Steps 4 to 10 of sampler.py for a batch of rows, without a sort.
+"""The sampler, sampler.py, for a batch of rows, without a sort.
 
 A token's place in the order is its `rank` = bits(|t|) * 2^18 + id, unique and ascending. Every filter asks for the
 least rank at which a sum of integers (tokens, or weights) over the ranks up to it reaches a target. The tokens fall
 into buckets by x = t * LOG2E, 64 an octave, which is monotone in rank: sums over whole buckets are prefix sums of a
 histogram, and only inside the one bucket that holds a target is it bisected, bit by bit of the rank.
 
-    _top       the largest logit and the least id that has it; range checks. Temperature 0 ends here
+    _scan      the largest logit and the least id that has it; range checks. Temperature 0 ends here. On request it
+               does steps 1 to 3 before, in place, and the fingerprint of what it read
     _count     histogram: per bucket the tokens and their weight (one 64-bit atomic), and the weight that min-p leaves
     _plan      which buckets can hold a boundary, and where each begins in the list of ranks
     _scatter   the ranks of those buckets, bucket after bucket, in any order within
     _resolve   the boundaries of top-k, top-p and the draw
+
+Steps 1 to 3 read the state of a row: `counts` [places, V] int32, how often each id is in the output, and bit 31 where
+it is in the prompt; `bias` [places, V] f32, -0.0 where there is none, which changes no sum. `_finish` counts what was
+drawn. `adjust` is the same for callers without a state.
 
 Integer: everything after w, so atomics change nothing. Tokens with x < -26 have w = 0 and come last: they are left out.
 """
@@ -21,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import flags, ieee
+from countermark_kernels.gpu import fingerprint, flags, ieee
 
 ID_BITS = tl.constexpr(18)
 RANK_BITS = tl.constexpr(49)
@@ -37,26 +42,42 @@ X_MIN = tl.constexpr(-26.0)
 RANGE_BITS = tl.constexpr((127 + 100) << 23)
 ALL_20BIT = tl.constexpr(1 << 20)
 SEED, POSITION, TOP_K, TOP_P, MIN_P, TEMPERATURE = (tl.constexpr(i) for i in range(6))
-FIELDS = tl.constexpr(6)
+REPETITION, PRESENCE, FREQUENCY, COUNTS, BIAS = (tl.constexpr(i) for i in range(6, 11))
+FIELDS = tl.constexpr(11)
+"""Of a row, int64: floats as their patterns, the seed as two's complement, COUNTS and BIAS its places or -1."""
+NO_BEST = -(1 << 63)
+LEAST = tl.constexpr(NO_BEST)
+IN_PROMPT = tl.constexpr(-(1 << 31))
 SLICE, TILE = 2048, 1024
 LIST_MAX = 1 << 24
 """Ranks held at a time: 128 MiB; more rows than fit are sampled in turns."""
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """An int32 that orders like binary32 x, zero without its sign; its own inverse."""
     pattern = ieee.bits(tl.where(x == 0.0, 0.0, x))
     return pattern ^ ((pattern >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _temperature(fields, row):
-    return ieee.value(tl.load(fields + row * FIELDS + TEMPERATURE).to(tl.int32))
+def token_key(order, token):
+    """int64 that orders like `order`, int32, and among equals by the token, the least first."""
+    return (order.to(tl.int64) << 32) + (0x7FFFFFFF - token)
 
 
 @triton.jit
-def _weight(x):
+def _float(fields, row, FIELD: tl.constexpr):
+    return ieee.value(tl.load(fields + row * FIELDS + FIELD).to(tl.int32))
+
+
+@triton.jit
+def _temperature(fields, row):
+    return _float(fields, row, TEMPERATURE)
+
+
+@triton.jit
+def weight(x):
     """w for x = t * LOG2E >= X_MIN, as int64."""
     return ieee.rint_positive(ieee.exp2(x) * 16777216.0).to(tl.int64)
 
@@ -75,16 +96,43 @@ def _slice(logits, best, fields, vocab, SLICE: tl.constexpr):
 
 
 @triton.jit
-def _top(logits, best, flag, vocab, SLICE: tl.constexpr):
+def _penalised(x, seen, times, repetition, presence, frequency):
+    """Steps 2 and 3 for logits x of which `seen` are in prompt or output, and `times` times in the output."""
+    x = tl.where(seen & (repetition != 1.0), tl.where(x > 0.0, ieee.div(x, repetition), x * repetition), x)
+    made = (times != 0) & ((presence != 0.0) | (frequency != 0.0))
+    return tl.where(made, (x - presence) - ieee.to_f32(times) * frequency, x)
+
+
+@triton.jit
+def _scan(
+    logits, best, flag, fields, counts, bias, lanes, vocab,
+    ADJUST: tl.constexpr, MARK: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     inside = at < vocab
-    l = tl.load(logits + row.to(tl.int64) * vocab + at, mask=inside, other=0.0)  # noqa: E741
+    line = logits + row.to(tl.int64) * vocab + at
+    l = tl.load(line, mask=inside, other=0.0)  # noqa: E741
+    if MARK:
+        fingerprint.add(lanes + row * 2, l, at)
+    if ADJUST:
+        place = tl.load(fields + row * FIELDS + BIAS)
+        if place >= 0:
+            l = l + tl.load(bias + place * vocab + at, mask=inside, other=-0.0)  # noqa: E741
+        seen = tl.load(fields + row * FIELDS + COUNTS)
+        if seen >= 0:
+            state = tl.load(counts + seen * vocab + at, mask=inside, other=0)
+            zero = tl.zeros_like(l)
+            repetition = zero + _float(fields, row, REPETITION)
+            presence, frequency = zero + _float(fields, row, PRESENCE), zero + _float(fields, row, FREQUENCY)
+            l = _penalised(l, state != 0, state & 0x7FFFFFFF, repetition, presence, frequency)  # noqa: E741
+        if (place >= 0) | (seen >= 0):
+            tl.store(line, l, mask=inside)
     amax = tl.max(ieee.magnitude(l), axis=0)
     flags.report(flag, amax >= ieee.INFINITY_BITS, flags.NOT_FINITE)
     flags.report(flag, amax >= RANGE_BITS, flags.RANGE)
-    packed = (_ordered(l).to(tl.int64) << 32) + (0x7FFFFFFF - at)
-    tl.atomic_max(best + row, tl.max(tl.where(inside, packed, -0x7FFFFFFFFFFFFFFF), axis=0), sem="relaxed")
+    keys = tl.where(inside, token_key(ordered(l), at), -0x7FFFFFFFFFFFFFFF)
+    tl.atomic_max(best + row, tl.max(keys, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -92,7 +140,7 @@ def _count(logits, best, fields, sums, vocab, BUCKETS: tl.constexpr, SLICE: tl.c
     row = tl.program_id(0)
     if _temperature(fields, row) != 0.0:
         _, _, x, counts = _slice(logits, best, fields, vocab, SLICE)
-        w = _weight(x)
+        w = weight(x)
         to = sums + row * 2 * BUCKETS + ieee.truncate(tl.where(counts, x, 0.0) * -PER_OCTAVE)
         ieee.add(to, w + ONE_TOKEN, counts)
         floor = tl.load(fields + row * FIELDS + MIN_P) << 4
@@ -185,7 +233,7 @@ def _sum(ranks, begin, end, limit, floor, TOKENS: tl.constexpr, TILE: tl.constex
         if TOKENS:
             w = tl.full([TILE], 1, dtype=tl.int64)
         else:
-            w = _weight(-ieee.value((rank >> ID_BITS).to(tl.int32)) * ieee.LOG2E)
+            w = weight(-ieee.value((rank >> ID_BITS).to(tl.int32)) * ieee.LOG2E)
         total += tl.where((at < end) & (rank <= limit) & (w >= floor), w, 0)
     return ieee.total(total, 0)
 
@@ -244,7 +292,33 @@ def _resolve(best, fields, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.co
 
 
 @triton.jit
-def _adjust(logits, entries, settings, count, vocab, BLOCK: tl.constexpr):
+def _finish(ids, lanes, best, fields, counts, flag, results, vocab):
+    """Results of all rows: id and lanes; last the error word. What the next draw adds to begins anew."""
+    row = tl.program_id(0)
+    if row < tl.num_programs(0) - 1:
+        token = tl.load(ids + row)
+        tl.store(results + row * 3, token)
+        for lane in tl.static_range(2):
+            tl.store(results + row * 3 + 1 + lane, tl.load(lanes + row * 2 + lane))
+            tl.store(lanes + row * 2 + lane, 0)
+        tl.store(best + row, LEAST)
+        place = tl.load(fields + row * FIELDS + COUNTS)
+        if (place >= 0) & (token < vocab):
+            tl.atomic_add(counts + place * vocab + token, 1, sem="relaxed")
+    else:
+        tl.store(results + row * 3, tl.atomic_xchg(flag, 0, sem="relaxed").to(tl.int64))
+
+
+@triton.jit
+def _remember(counts, tokens, count, prompt, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + at, mask=at < count, other=0)
+    tl.atomic_or(counts + token, IN_PROMPT, mask=at < prompt, sem="relaxed")
+    tl.atomic_add(counts + token, 1, mask=(at >= prompt) & (at < count), sem="relaxed")
+
+
+@triton.jit
+def _adjust(logits, entries, fields, count, vocab, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     row = tl.load(entries + at, mask=inside, other=0)
@@ -253,56 +327,108 @@ def _adjust(logits, entries, settings, count, vocab, BLOCK: tl.constexpr):
     bias = ieee.value(tl.load(entries + 3 * count + at, mask=inside, other=0))
     seen = tl.load(entries + 4 * count + at, mask=inside, other=0)
     times = tl.load(entries + 5 * count + at, mask=inside, other=0)
-    repetition = tl.load(settings + row * 3, mask=inside, other=1.0)
     l = tl.load(to, mask=inside, other=0.0)  # noqa: E741
     l = tl.where(biased != 0, l + bias, l)  # noqa: E741
-    l = tl.where(seen != 0, tl.where(l > 0.0, ieee.div(l, repetition), l * repetition), l)  # noqa: E741
-    presence, frequency = tl.load(settings + row * 3 + 1), tl.load(settings + row * 3 + 2)
-    l = tl.where(times != 0, (l - presence) - ieee.to_f32(times) * frequency, l)  # noqa: E741
-    tl.store(to, l, mask=inside)
+    repetition = _float(fields, row, REPETITION)
+    presence, frequency = _float(fields, row, PRESENCE), _float(fields, row, FREQUENCY)
+    tl.store(to, _penalised(l, seen != 0, times, repetition, presence, frequency), mask=inside)
 
 
-def adjust(logits: Tensor, entries: Tensor, settings: Tensor) -> Tensor:
+def adjust(logits: Tensor, entries: Tensor, fields: Tensor) -> Tensor:
     """Steps 1 to 3 on a copy of logits: [S, V] f32, or the logits themselves where there is nothing to do.
 
     `entries`: [6, N] int32, for each (row, id) once: row, id, whether biased, bits(bias), whether the repetition
-    penalty applies, times in the output; `settings`: [S, 3] f32: repetition, presence, frequency.
+    penalty applies, times in the output; `fields`: [S, FIELDS].
     """
     count = entries.shape[1]
     out = logits.clone() if count else logits
     if count:
         grid = (triton.cdiv(count, 256),)
-        _adjust[grid](out, entries, settings, count, logits.shape[1], BLOCK=256, **ieee.EXACT)
+        _adjust[grid](out, entries, fields, count, logits.shape[1], BLOCK=256, **ieee.EXACT)
     return out
 
 
-def sample(logits: Tensor, params: Tensor) -> Tensor:
-    """Steps 4 to 10. logits: [S, V] f32, adjusted; params: [S, 6] int64 in the order of the fields above -> [S] int64.
+def remember(counts: Tensor, tokens: Tensor, prompt: int) -> None:
+    """Make one place of a state, [V] int32, from tokens: [n] int32, of which the first `prompt` are the prompt."""
+    counts.zero_()
+    count = tokens.shape[0]
+    if count:
+        _remember[(triton.cdiv(count, 256),)](counts, tokens, count, prompt, BLOCK=256, **ieee.EXACT)
 
-    Temperature is given as bits(T), the seed as two's complement.
+
+class Scratch:
+    """What drawing needs for up to `rows` rows; the results of one draw are read, in stream order, before the next.
+
+    results: [rows + 1, 3] int64: of each row its id and the two lanes of its fingerprint, then the error word.
+    """
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        buckets = BUCKETS.value
+        turn = min(max(LIST_MAX // vocab, 1), rows)
+        self.best = torch.full((rows,), NO_BEST, dtype=torch.int64, device=device)
+        self.lanes = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.results = torch.zeros(rows + 1, 3, dtype=torch.int64, device=device)
+        self.sums = torch.empty(turn, 2, buckets, dtype=torch.int64, device=device)
+        self.ends = torch.empty(turn, buckets, dtype=torch.int32, device=device)
+        self.bounds = torch.empty(turn, 2, dtype=torch.int32, device=device)
+        self.ranks = torch.empty(turn, vocab, dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """After a draw that was broken off."""
+        self.best.fill_(NO_BEST)
+        self.lanes.zero_()
+
+
+def draw(
+    logits: Tensor, fields: Tensor, counts: Tensor | None, bias: Tensor | None, scratch: Scratch, *, greedy: bool
+) -> None:
+    """All of a draw: logits [S, V] f32, fields [S, FIELDS] -> the first S + 1 of scratch.results.
+
+    Logits of rows with a state are adjusted in place, after their fingerprint was taken. `greedy`: all rows are of
+    temperature 0.
     """
     rows, vocab = logits.shape
-    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    step = max(LIST_MAX // vocab, 1)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        _sample(logits[part], params[part], ids[part], flags.word(logits.device))
-    return ids
+    flag, ids, best, lanes = flags.word(logits.device), scratch.ids[:rows], scratch.best[:rows], scratch.lanes[:rows]
+    state = {"ADJUST": counts is not None or bias is not None, "MARK": True}
+    _scan[(rows, triton.cdiv(vocab, SLICE))](
+        logits, best, flag, fields, counts, bias, lanes, vocab, **state, SLICE=SLICE, **ieee.EXACT
+    )
+    _choose(logits, fields, best, ids, scratch, greedy=greedy)
+    _finish[(rows + 1,)](ids, lanes, best, fields, counts, flag, scratch.results, vocab, num_warps=1, **ieee.EXACT)
 
 
-def _sample(logits: Tensor, params: Tensor, ids: Tensor, flag: Tensor) -> None:
+def sample(logits: Tensor, fields: Tensor) -> Tensor:
+    """Steps 4 to 10. logits: [S, V] f32, adjusted; fields: [S, FIELDS] int64 -> [S] int64."""
     rows, vocab = logits.shape
     device = logits.device
-    buckets = BUCKETS.value
-    best = torch.full((rows,), -(1 << 63), dtype=torch.int64, device=device)
-    sums = torch.zeros(rows, 2, buckets, dtype=torch.int64, device=device)
-    ends = torch.empty(rows, buckets, dtype=torch.int32, device=device)
-    bounds = torch.empty(rows, 2, dtype=torch.int32, device=device)
-    ranks = torch.empty(rows, vocab, dtype=torch.int64, device=device)
+    scratch = Scratch(rows, vocab, device)
     grid = (rows, triton.cdiv(vocab, SLICE))
-    common = {"BUCKETS": buckets, **ieee.EXACT}
-    _top[grid](logits, best, flag, vocab, SLICE=SLICE, **ieee.EXACT)
-    _count[grid](logits, best, params, sums, vocab, SLICE=SLICE, **common)
-    _plan[(rows,)](params, sums, ends, bounds, num_warps=8, **common)
-    _scatter[grid](logits, best, params, ends, bounds, ranks, vocab, SLICE=SLICE, **common)
-    _resolve[(rows,)](best, params, sums, ends, bounds, ranks, ids, vocab, TILE=TILE, num_warps=8, **common)
+    none = (None, None, None)
+    options = {"ADJUST": False, "MARK": False, "SLICE": SLICE, **ieee.EXACT}
+    _scan[grid](logits, scratch.best, flags.word(device), fields, *none, vocab, **options)
+    _choose(logits, fields, scratch.best, scratch.ids, scratch, greedy=False)
+    return scratch.ids
+
+
+def _choose(logits: Tensor, fields: Tensor, best: Tensor, ids: Tensor, scratch: Scratch, *, greedy: bool) -> None:
+    """Steps 4 to 10 behind `_scan`, in turns of as many rows as the lists of ranks hold."""
+    if greedy:
+        torch.sub(0x7FFFFFFF, best & 0xFFFFFFFF, out=ids)
+        return
+    step = scratch.ranks.shape[0]
+    for start in range(0, logits.shape[0], step):
+        part = slice(start, start + step)
+        _turn(logits[part], fields[part], best[part], ids[part], scratch)
+
+
+def _turn(logits: Tensor, fields: Tensor, best: Tensor, ids: Tensor, scratch: Scratch) -> None:
+    rows, vocab = logits.shape
+    sums, ends, bounds, ranks = scratch.sums, scratch.ends, scratch.bounds, scratch.ranks
+    sums[:rows].zero_()
+    grid = (rows, triton.cdiv(vocab, SLICE))
+    common = {"BUCKETS": BUCKETS.value, **ieee.EXACT}
+    _count[grid](logits, best, fields, sums, vocab, SLICE=SLICE, **common)
+    _plan[(rows,)](fields, sums, ends, bounds, num_warps=8, **common)
+    _scatter[grid](logits, best, fields, ends, bounds, ranks, vocab, SLICE=SLICE, **common)
+    _resolve[(rows,)](best, fields, sums, ends, bounds, ranks, ids, vocab, TILE=TILE, num_warps=8, **common)

@@ -120,12 +120,13 @@ def test_bias_and_penalties() -> None:
         SamplerParams(temperature=0.0, frequency=-ieee.f32(0.3), logit_bias={0: 1.0}),
     ]
     histories = [History(prompt=(1, 2, 2, 7), output=(3, 3, 7, 9)) for _ in params]
-    entries, settings = sampler.cuda_adjustments(params, histories, 50)
+    entries = sampler.cuda_adjustments(params, histories, 50)
+    settings = sampler.cuda_settings(params, [0] * 4, 50)
     got = gpu_sampler.adjust(logits.to(DEVICE), entries.to(DEVICE), settings.to(DEVICE)).cpu()
     for row, p, history, mine in zip(logits, params, histories, got, strict=True):
         assert torch.equal(mine.view(torch.int32), sampler.adjust(row, p, history).view(torch.int32))
-    entries, settings = sampler.cuda_adjustments(params[2:3], histories[2:3], 50)
-    assert gpu_sampler.adjust(logits, entries, settings) is logits
+    entries = sampler.cuda_adjustments(params[2:3], histories[2:3], 50)
+    assert gpu_sampler.adjust(logits, entries, settings[2:3]) is logits
     with pytest.raises(ValueError, match="ids"):
         sampler.cuda_adjustments(params[:1], [History(output=(50,))], 50)
 
