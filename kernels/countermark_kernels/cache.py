@@ -4,14 +4,14 @@ A `Pool` is memory only; who holds which block is its owner's business. A `KvCac
 lies in block `blocks[t // BLOCK]`, place t % BLOCK. Tables may share blocks, and no bit of a result depends on which
 blocks a sequence has: attention's sums over tokens are of integers, so their order is free.
 
-Layouts, int8 and binary32, all zero at first. On a CPU blocks lie one after the other, so that memory, which the system
-commits when it is first written, follows the blocks in use:
+Layouts, int8 and binary32, all zero at first. On a CPU, where one head's blocks follow each other, so that a table of
+consecutive numbers is read as one stream:
 
-    k [blocks, layers, kv_heads, BLOCK/16, d/4, 16, 4]   16 tokens by 4 channels: an int8 dot product's operand
-    v [blocks, layers, kv_heads, BLOCK/2, d, 2]          token pairs
-    s_k, s_v [blocks, layers, kv_heads, BLOCK]
+    k [layers, kv_heads, blocks, BLOCK/16, d/4, 16, 4]   16 tokens by 4 channels: an int8 dot product's operand
+    v [layers, kv_heads, blocks, BLOCK/2, d, 2]          token pairs
+    s_k, s_v [layers, kv_heads, blocks, BLOCK]
 
-For the Triton kernels:
+Memory is taken when a page is first written, so a large pool costs nothing before. For the Triton kernels:
 
     k [layers, blocks, kv_heads, BLOCK, d]
     v [layers, blocks, kv_heads, d, BLOCK]               token last, each sixteen in the order gpu.cache.value_slot
@@ -68,7 +68,7 @@ class Pool:
             self.k, self.v = (torch.zeros(*outer, *x, dtype=torch.int8, device=device) for x in (k, v))
             self.s_k, self.s_v = (torch.zeros(*outer, BLOCK, device=device) for _ in range(2))
         else:
-            outer = (blocks, layers, kv_heads)
+            outer = (layers, kv_heads, blocks)
             self.k = _zeros(*outer, BLOCK // _PANEL, head_dim // 4, _PANEL, 4, dtype=torch.int8)
             self.v = _zeros(*outer, BLOCK // 2, head_dim, 2, dtype=torch.int8)
             self.s_k, self.s_v = (_zeros(*outer, BLOCK, dtype=torch.float32) for _ in range(2))
@@ -92,9 +92,10 @@ class Pool:
         """k, s_k, v, s_v of one layer, [blocks, kv_heads, ...]."""
         if not 0 <= index < self.layers:
             raise ValueError(f"layer: expected 0..{self.layers - 1}, got {index}")
-        tensors = (self.k, self.s_k, self.v, self.s_v)
-        k, s_k, v, s_v = (x[index] if self.triton else x[:, index] for x in tensors)
-        return k, s_k, v, s_v
+        k, s_k, v, s_v = (x[index] for x in (self.k, self.s_k, self.v, self.s_v))
+        if self.triton:
+            return k, s_k, v, s_v
+        return k.transpose(0, 1), s_k.transpose(0, 1), v.transpose(0, 1), s_v.transpose(0, 1)
 
 
 class KvCache:
@@ -193,11 +194,13 @@ def native_spans(
         pool = cache.pool
         if pool.triton:
             raise ValueError("spans: expected caches in the CPU's layout, got Triton's")
-        tensors = pool.layer(layer)
-        stride = pool.layers * pool.kv_heads * BLOCK
-        k, s_k, v, s_v = (x.data_ptr() for x in tensors)
+        if not 0 <= layer < pool.layers:
+            raise ValueError(f"layer: expected 0..{pool.layers - 1}, got {layer}")
+        stride = pool.blocks * BLOCK
+        before = layer * pool.kv_heads * stride  # tokens of the layers before
         span.start, span.end, span.position, span.stride, span.table = start, end, position, stride, address
-        span.k, span.v, span.s_k, span.s_v = k, v, s_k, s_v
+        span.k, span.v = (x.data_ptr() + before * pool.head_dim for x in (pool.k, pool.v))
+        span.s_k, span.s_v = (x.data_ptr() + before * x.itemsize for x in (pool.s_k, pool.s_v))
         address += len(table) * size
     return spans, held
 

@@ -10,7 +10,8 @@
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
 
 /* acc[r][0..PV_COLUMNS] = sum over `tokens` tokens of n[r][tokens] * v, up to PV_ROWS rows. `blocks`: where the values
- * [pairs][d][2] of each CM_BLOCK tokens are; the columns begin `offset` bytes behind. Sums stay in registers. */
+ * [pairs][d][2] of each CM_BLOCK tokens are, then one block more to fetch; the columns begin `offset` bytes behind. Sums
+ * stay in registers. The processor fetches ahead by itself within a block only. */
 #if defined(__AVX512VNNI__)
 #define PV_ROWS 6
 #define PV_COLUMNS 32
@@ -22,8 +23,9 @@ static inline __attribute__((always_inline)) void pv_tile(const int R, const int
         sum[r][0] = sum[r][1] = _mm512_setzero_si512();
     for (int64_t t = 0; t < tokens; t += CM_BLOCK, n += CM_BLOCK) {
         const int64_t pairs = (tokens - t < CM_BLOCK ? tokens - t : CM_BLOCK) / 2;
-        const int8_t *v = blocks[t / CM_BLOCK] + offset;
-        for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
+        const int8_t *v = blocks[t / CM_BLOCK] + offset, *next = blocks[t / CM_BLOCK + 1] + offset;
+        for (int64_t p = 0; p < pairs; p++, v += 2 * d, next += 2 * d) {
+            __builtin_prefetch(next);
             const __m512i v0 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)v));
             const __m512i v1 = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(v + 32)));
             for (int r = 0; r < R; r++) {
@@ -50,8 +52,9 @@ static inline __attribute__((always_inline)) void pv_tile(const int R, const int
         sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     for (int64_t t = 0; t < tokens; t += CM_BLOCK, n += CM_BLOCK) {
         const int64_t pairs = (tokens - t < CM_BLOCK ? tokens - t : CM_BLOCK) / 2;
-        const int8_t *v = blocks[t / CM_BLOCK] + offset;
-        for (int64_t p = 0; p < pairs; p++, v += 2 * d) {
+        const int8_t *v = blocks[t / CM_BLOCK] + offset, *next = blocks[t / CM_BLOCK + 1] + offset;
+        for (int64_t p = 0; p < pairs; p++, v += 2 * d, next += 2 * d) {
+            __builtin_prefetch(next);
             const __m256i v0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)v));
             const __m256i v1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(v + 16)));
             for (int r = 0; r < R; r++) {
@@ -172,7 +175,12 @@ struct attend_job {
 
 /* How many tokens token t of a kv head lies behind the start of the pool's layer. */
 static inline int64_t place(const struct cm_span *span, int64_t kv_head, int64_t t) {
-    return span->table[t / CM_BLOCK] * span->stride + kv_head * CM_BLOCK + t % CM_BLOCK;
+    return kv_head * span->stride + span->table[t / CM_BLOCK] * (int64_t)CM_BLOCK + t % CM_BLOCK;
+}
+
+static inline void fetch(const void *from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)from + i);
 }
 
 static void attend_tile(void *arg, int64_t index) {
@@ -202,6 +210,12 @@ static void attend_tile(void *arg, int64_t index) {
                  rows, r, a);
     for (int64_t t = 0; t < padded; t += PANEL) {
         const int64_t token = place(span, item->kv_head, t);
+        if (t + CM_BLOCK < padded) {
+            const int64_t ahead = place(span, item->kv_head, t + CM_BLOCK);
+            fetch(span->k + ahead * d, (size_t)(PANEL * d));
+            fetch(span->s_k + ahead, PANEL * sizeof *s_k);
+            fetch(span->s_v + ahead, PANEL * sizeof *s_v);
+        }
         gemm_panel(a, rows, span->k + token * d, d / 4, NULL, scores + t, padded);
         memcpy(s_k + t, span->s_k + token, PANEL * sizeof *s_k);
         memcpy(s_v + t, span->s_v + token, PANEL * sizeof *s_v);
@@ -227,9 +241,9 @@ static void attend_tile(void *arg, int64_t index) {
 
     for (int64_t t = 0; t < padded; t += PV_TOKENS) {
         const int64_t tokens = padded - t < PV_TOKENS ? padded - t : PV_TOKENS;
-        const int8_t *blocks[PV_TOKENS / CM_BLOCK];
-        for (int64_t i = 0; i < tokens; i += CM_BLOCK)
-            blocks[i / CM_BLOCK] = span->v + place(span, item->kv_head, t + i) * d;
+        const int8_t *blocks[PV_TOKENS / CM_BLOCK + 1];
+        for (int64_t i = 0; i < tokens + CM_BLOCK; i += CM_BLOCK)
+            blocks[i / CM_BLOCK] = span->v + place(span, item->kv_head, t + i < padded ? t + i : t) * d;
         pv_product(n + t, padded, rows, blocks, tokens, d, acc);
         for (int64_t i = 0; i < rows * d; i++)
             high[i] = t ? high[i] + acc[i] : acc[i];

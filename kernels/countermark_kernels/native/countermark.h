@@ -22,8 +22,8 @@ struct cm_weight {
 #define CM_BLOCK 64 /* tokens of a block of keys and values: cache.py */
 
 /* Rows start..end of a ragged batch, tokens position.. of one sequence; its keys and values of ONE layer.
- * Token t of kv head h lies in block table[t / CM_BLOCK] at place t % CM_BLOCK. A block's CM_BLOCK tokens of head h
- * begin block * stride + h * CM_BLOCK tokens behind k, v (d elements a token), s_k and s_v (one). */
+ * Token t of kv head h lies h * stride + table[t / CM_BLOCK] * CM_BLOCK + t % CM_BLOCK tokens behind k, v (d elements a
+ * token), s_k and s_v (one). kv_heads * stride tokens lie between two layers. */
 struct cm_span {
     int64_t start, end, position, stride;
     const int32_t *table; /* [ceil((position + end - start) / CM_BLOCK)] */

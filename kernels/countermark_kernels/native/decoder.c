@@ -61,7 +61,7 @@ int cm_decode_with(const struct cm_ops *ops, const struct cm_decoder *m, float *
         TRY(ops->linear(&layer->qkv, b.wide, b.s, rows, layer->qkv_bias, NULL, b.qkv));
         TRY(ops->rope(&rope, b.qkv, rows, b.q, b.s_q, b.k, b.s_k, b.v, b.s_v));
         for (int64_t j = 0; j < span_count; j++) {
-            const int64_t tokens = i * m->kv_heads * CM_BLOCK; /* of the layers before, in each block */
+            const int64_t tokens = i * m->kv_heads * spans[j].stride;
             b.spans[j] = spans[j];
             b.spans[j].k += tokens * m->head_dim;
             b.spans[j].v += tokens * m->head_dim;
