@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ def cut(runs: Iterable[tuple[KvCache, int, int]], heads: int, pool: Pool) -> Cut
     slots = tables[np.repeat(spans[:, 3], counts) + positions // BLOCK] * BLOCK + positions % BLOCK
     is_short = counts <= few
     short = spans[is_short]
-    chunk, items, before = _split(short[:, 1] + short[:, 2], pool.kv_heads)
+    chunk, items, before = split(short[:, 1] + short[:, 2], pool.kv_heads)
     step = most // group
     long = [
         (start + i, min(step, count - i), position + i, table)
@@ -124,16 +125,19 @@ def cut(runs: Iterable[tuple[KvCache, int, int]], heads: int, pool: Pool) -> Cut
     )
 
 
-def _split(ends: Words, kv_heads: int) -> tuple[int, Words, Words]:
+def split(ends: Words, kv_heads: int) -> tuple[int, Words, Words]:
     """The tokens of a split, the splits of tiles of `ends` tokens, and how many splits precede each tile."""
     chunk = CHUNK_MAX
-    while chunk > CHUNK_MIN and int(((ends + chunk - 1) // chunk).sum()) * kv_heads < TARGET:
+    while True:
+        counts = (ends + chunk - 1) // chunk
+        after = list(accumulate(counts.tolist(), initial=0))
+        if chunk == CHUNK_MIN or after[-1] * kv_heads >= TARGET:
+            break
         chunk //= 2
-    counts = (ends + chunk - 1) // chunk
-    before = (np.cumsum(counts) - counts).astype(np.int32)
+    before = np.array(after[:-1], dtype=np.int32)
     tile = np.repeat(np.arange(len(ends), dtype=np.int32), counts)
     number = np.arange(len(tile), dtype=np.int32) - np.repeat(before, counts)
-    return chunk, np.stack((tile, number), axis=1).astype(np.int32), before
+    return chunk, np.stack((tile, number), axis=1), before
 
 
 def plan(spans: Sequence[Span], heads: int) -> Plan:
