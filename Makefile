@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/*)
 
-.PHONY: demo test check soak bench-cpu proto lock clean
+.PHONY: demo test check soak bench-cpu bench-gpu proto lock clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/countermark demo
@@ -27,6 +27,10 @@ soak: $(VENV)/dev.stamp
 
 bench-cpu: $(VENV)/dev.stamp
 	$(BIN)/python bench/cpu.py
+
+# On an H100 or H200, about six minutes. PARTS="--paths exact-v1 --parts decode,ttft" measures those again.
+bench-gpu: $(VENV)/dev.stamp
+	$(BIN)/python bench/gpu_engine.py $(PARTS)
 
 # The stubs are committed; this makes them again after a change of the .proto.
 proto: $(VENV)/dev.stamp

@@ -1,7 +1,7 @@
 """The same model in bfloat16 as torch does it best, behind the engine's own `Executor`: a peer for bench/gpu_engine.py.
 
 cuBLAS for the matrices, scaled dot product attention for the rest that matters, torch.compile for what is element-wise
-(eager where it does not compile), one CUDA graph for a whole decode step, sampling included. Keys and values lie in one
+(eager where it does not compile), one CUDA graph for a decode step up to its logits. Keys and values lie in one
 place for each sequence, contiguous, all of the memory taken beforehand. Greedy is argmax; otherwise temperature and
 top-p by a sort. No fingerprints, no penalties, and no claim about bits: a result may depend on its batch.
 
@@ -160,7 +160,7 @@ class Bf16Executor:
         self._each = torch.arange(slots, device=self._device)
         self._given, self._at = (torch.zeros(slots, dtype=torch.int64, device=self._device) for _ in range(2))
         self._places: OrderedDict[int, tuple[int, object]] = OrderedDict()  # by the cache's id: slot, the cache
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.backends: dict[int, str] = {}  # what was fastest for the keys of a decode step of that length
 
     def start(self, parts: Sequence[Part]) -> Started:
@@ -216,26 +216,27 @@ class Bf16Executor:
         if length > self._room:
             raise MemoryError(f"bf16: expected at most {self._room} tokens, got {longest}")
         if self._device.type != "cuda":
-            self._step(length)
-            return
-        if length not in self._graphs:
-            self._graphs[length] = self._captured(length)
-        self._graphs[length].replay()
+            logits = self._step(length)
+        else:
+            if length not in self._graphs:
+                self._graphs[length] = self._captured(length)
+            graph, logits = self._graphs[length]
+            graph.replay()
+        self._last.copy_(torch.where(self._at < self._room, self._drawn(logits), self._last))
 
-    def _captured(self, length: int) -> torch.cuda.CUDAGraph:
+    def _captured(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of `_step`, and where it leaves the logits."""
         backend = self._fastest(length)
         self.backends[length] = backend.name.removesuffix("_ATTENTION").lower()
-        last = self._last.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), sdpa_kernel(backend):
             self._step(length)
         torch.cuda.current_stream().wait_stream(side)
-        self._last.copy_(last)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), sdpa_kernel(backend):
-            self._step(length)
-        return graph
+            logits = self._step(length)
+        return graph, logits
 
     def _fastest(self, length: int) -> SDPBackend:
         """The quickest of torch's attention kernels here, by their time for one layer."""
@@ -272,8 +273,8 @@ class Bf16Executor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, s.kv_heads, q.shape[2], -1))
         return out.reshape(self._slots, -1)
 
-    def _step(self, length: int) -> None:
-        """One token of every slot, at the positions `_at`: those `_given`, or where that is -1 the last drawn."""
+    def _step(self, length: int) -> Tensor:
+        """The logits behind one token of every slot, at the positions `_at`: `_given`, or for -1 the last drawn."""
         ids = torch.where(self._given < 0, self._last, self._given)
         mask = self._mask(length)
         table = self._at.clamp(max=self._shape.context - 1)
@@ -283,8 +284,7 @@ class Bf16Executor:
             self._v[layer][self._each, :, self._at] = v
             return self._attend(q[:, :, None], layer, length, mask)
 
-        drawn = self._drawn(self._forward(ids, table, attend))
-        self._last.copy_(torch.where(self._at < self._room, drawn, self._last))
+        return self._forward(ids, table, attend)
 
     def _prefill(self, prompts: Sequence[tuple[Part, int]]) -> None:
         ids, positions, ends = [], [], []

@@ -100,6 +100,93 @@ def attention_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def engine_table(result: dict[str, Any]) -> str:
+    """What the GPU engine serves, beside peers, limits and vLLM's figures. A figure that is not there is left empty."""
+    found, limits, shape, size = result["found"], result.get("limits", {}), result["shape"], result["protocol"]
+    profile, versions, other = result["profile"], result["versions"], result["another_run"]
+    batches = [str(n) for n in size["batches"]]
+    cells = [*(f"decode b{n}" for n in batches), f"prefill {size['prefills']} x {size['context']:,}", "TTFT"]
+
+    def figures(path: str, part: str = "decode") -> list[float | None]:
+        """One a column."""
+        parts = found.get(path, {})
+        rates = parts.get(part, {})
+        shown = [rates.get(n, {}).get("tokens_per_second") for n in batches]
+        if part != "decode":
+            return [*shown, None, None]
+        return [*shown, parts.get("prefill", {}).get("tokens_per_second"), parts.get("ttft", {}).get("ms")]
+
+    def listed(rates: dict[str, Any]) -> list[float | None]:
+        return [*(rates["decode"].get(n) for n in batches), rates["prefill"], rates["ttft_ms"]]
+
+    def row(name: str, theirs: list[float | None], ours: list[float | None] | None = None) -> str:
+        cells = []
+        for at, value in enumerate(theirs):
+            time = at == len(theirs) - 1
+            shown = "" if value is None else f"{value:,.0f}{' ms' if time else ''}"
+            mine = ours[at] if ours else None
+            if value and mine:
+                shown += f" ({value / mine if time else mine / value:.2f}x)"
+            cells.append(shown)
+        return f"| {name} | {' | '.join(cells)} |"
+
+    lines = [f"| tokens/s | {' | '.join(cells)} |", "|---|" + "---|" * len(cells)]
+    more = {"sampled": "temperature 0.8, top-p 0.95", "context": f"behind {size['context']:,} tokens"}
+    lines.append(row(f"**countermark {profile}**", figures(profile)))
+    lines += [row(f"{profile}, {what}", figures(profile, part)) for part, what in more.items()]
+    peers = {"bf16": "bf16, same engine"}
+    if "transformers" in found:
+        peers["transformers"] = f"transformers {versions['transformers']}, bf16"
+    for path, name in peers.items():
+        lines.append(row(name, figures(path), figures(profile)))
+        for part, what in more.items():
+            if part in found.get(path, {}):
+                lines.append(row(f"{path}, {what}", figures(path, part), figures(profile, part)))
+    for name, rates in other["rows"].items():
+        lines.append(row(f"{name} (another run)", listed(rates), figures(profile)))
+    lines += [row(f"limit of this GPU, {name}", listed(limit)) for name, limit in limits.items()]
+    lines += [
+        "",
+        f"Shapes of {shape['name']}, generated weights, the whole engine: scheduler, sampler, fingerprints, text.",
+        f"Decode: prompts of {size['prompt']} tokens, {size['tokens']} new ones each, greedy, while all answers grow.",
+        f"TTFT: a prompt of {size['context']:,} tokens alone. In brackets how many times faster we were. bf16: cuBLAS",
+        f"and SDPA behind the same scheduler. {other['what']}.",
+        "Limits: bytes moved at the speed of a copy, or products at that of one large product, both measured in this",
+        "run; for prefill the linear layers alone.",
+    ]
+    audit = found.get(profile, {}).get("audit")
+    if audit:
+        lines += [
+            f"Auditing an answer of {audit['prompt']:,} + {audit['tokens']:,} tokens took",
+            f"1/{audit['times_faster']:.0f} of the time of generating it at batch 1; {audit['answers']} together went",
+            f"at {audit['answers_per_second']:.0f} answers, {audit['tokens_per_second']:,.0f} tokens a second.",
+        ]
+    lines += [*_profile_lines(found.get(profile, {}).get("profile", {})), ""]
+    lines += [
+        f"{result['device']}, driver {result['driver']}, torch {versions['torch']}, Triton {versions['triton']},",
+        f"{result['date']}, kernels of digest `{result['kernel_digest'][:16]}`; `make bench-gpu`,",
+        "[numbers](bench/results/gpu-engine.json).",
+    ]
+    return "\n".join(lines)
+
+
+def _profile_lines(steps: dict[str, Any]) -> list[str]:
+    """Milliseconds of a step on the GPU by kind of kernel, as a table."""
+    totals: dict[str, float] = {}
+    for step in steps.values():
+        for name, part in step["groups"].items():
+            totals[name] = totals.get(name, 0.0) + part["ms"]
+    if not totals:
+        return []
+    names = sorted(totals, key=lambda name: -totals[name])
+    lines = ["", f"| a step's milliseconds | {' | '.join(names)} | some kernel runs | wall |"]
+    lines.append("|---|" + "---|" * (len(names) + 2))
+    for name, step in steps.items():
+        parts = [f"{step['groups'][n]['ms']:.2f}" if n in step["groups"] else "" for n in names]
+        lines.append(f"| {name} | {' | '.join(parts)} | {step['busy_ms']:.2f} | {step['wall_ms']:.2f} |")
+    return lines
+
+
 def parity_lines(results: dict[str, dict[str, Any]]) -> str:
     """What comparing each GPU with the recorded digests of a CPU found. `results`: by file name.
 
@@ -141,9 +228,17 @@ def _summed(result: dict[str, Any], field: str) -> int:
     return sum(model[field] for model in result["models"].values())
 
 
+def engine_section(file: Path) -> str:
+    """The engine on a GPU, or that nobody has measured it."""
+    if not file.exists():
+        return "What a whole GPU node serves in a second is not measured yet; its kernels are, below."
+    return f"On a GPU:\n\n{engine_table(json.loads(file.read_text()))}"
+
+
 def rendered() -> dict[str, str]:
     """Every table by the name of its comments."""
     return {
+        "engine": engine_section(RESULTS / "gpu-engine.json"),
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),

@@ -1,0 +1,84 @@
+"""The GPU benchmark runs to its end on a CPU at a tiny shape, counts what it says it counts, and reports what fails."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpu_engine
+import gpu_paths
+import readme_tables
+from countermark_kernels import PROFILE
+from serving import Heard, windows
+
+TINY = ["--shape", "tiny", "--device", "cpu", "--here"]
+
+
+def run(file: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    code = gpu_engine.main([*TINY, "--out", str(file), *more])
+    found: dict[str, Any] = json.loads(file.read_text())
+    return code, found
+
+
+def test_every_part_of_every_path_ends_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "engine.json"
+    code, result = run(file)
+    assert not result["failed"] and code == 0
+    served = {"decode", "sampled", "context", "prefill", "ttft", "profile"}
+    expected = {
+        "machine": {"limits"},
+        PROFILE: served | {"audit"},
+        "bf16": served,
+        "transformers": {"decode", "context", "prefill", "ttft"},
+    }
+    assert {path: set(parts) for path, parts in result["found"].items()} == expected
+    assert result["found"][PROFILE]["audit"]["differences"] == 0
+    assert result["limits"][PROFILE]["decode"]["1"] > result["limits"]["bf16"]["decode"]["1"] > 0
+    table = readme_tables.engine_table(result)
+    assert table in capsys.readouterr().out
+    for parts in result["found"].values():
+        for part in ("decode", "sampled", "context"):
+            for figures in parts.get(part, {}).values():
+                assert figures["least"] <= figures["tokens_per_second"] <= figures["most"]
+                assert f"| {figures['tokens_per_second']:,.0f} " in table
+    assert readme_tables.engine_section(file).endswith(table)
+
+    before = result["found"]
+    code, result = run(file, "--paths", PROFILE, "--parts", "ttft")  # measured again, the rest stays
+    assert code == 0
+    assert result["found"]["bf16"] == before["bf16"]
+    assert result["found"][PROFILE]["decode"] == before[PROFILE]["decode"]
+    assert result["found"][PROFILE]["ttft"] != before[PROFILE]["ttft"]
+
+
+def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(**fields: Any) -> Any:
+        marks = list(fields["fingerprints"])
+        marks[3] = bytes(16)
+        return recording(**fields | {"fingerprints": marks})
+
+    recording = gpu_paths.Recording
+    monkeypatch.setattr(gpu_paths, "Recording", changed)
+    code, result = run(tmp_path / "engine.json", "--paths", PROFILE, "--parts", "audit,ttft")
+    assert code == 1
+    assert set(result["failed"]) == {f"{PROFILE} audit"}
+    why = result["failed"][f"{PROFILE} audit"]
+    assert "Traceback" in why and "1 of 1 answers differ" in why and "'position': 3" in why
+    assert set(result["found"][PROFILE]) == {"ttft"}
+
+
+def test_windows_count_only_what_all_answers_share() -> None:
+    """Three answers of a token each 10 ms; one begins late, one ends early: 300 tokens a second between the two."""
+    times = {"early": range(40), "late": range(10, 60), "short": range(5, 50)}
+    heard = [Heard([0.01 * step + 0.001 * n for step in steps]) for n, steps in enumerate(times.values())]
+    rates = windows(heard, steps=8)
+    assert len(rates) == 3
+    assert rates == pytest.approx([300.0] * 3)
+    with pytest.raises(RuntimeError, match="no steady state"):
+        windows([heard[0], Heard([1.0, 1.1])], steps=8)
+
+
+def test_without_a_result_nothing_is_claimed(tmp_path: Path) -> None:
+    section = readme_tables.engine_section(tmp_path / "absent.json")
+    assert "not measured" in section and "|" not in section
