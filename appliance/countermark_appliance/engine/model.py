@@ -96,8 +96,8 @@ class Model:
                 k_gain=tensor(f"{name}.k_norm") if c.qk_norm else None,
             )
 
-        self._embed = tensor("embed")
-        self._decoder = Decoder(
+        self.embed = tensor("embed")
+        self.decoder = Decoder(
             layers=tuple(layer(f"layers.{i}") for i in range(c.layers)),
             head=weight("head"),
             heads=c.heads,
@@ -188,14 +188,14 @@ class Model:
             spans.append(Span(cache=chunk.cache, start=start, end=len(ids), position=chunk.start))
             rows += range(len(ids) - chunk.logits, len(ids))
         with _memory_errors():
-            x = self._decoder.forward(self._embed[self._indices(ids)], spans)
+            x = self.decoder.forward(self.embed[self._indices(ids)], spans)
             return x[self._indices(rows)] if len(rows) < len(ids) else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over some rows of `hidden`: [rows, vocab] f32."""
         with _memory_errors():
             rows = hidden.shape[0]
-            logits = self._decoder.logits(hidden) if rows else torch.empty(0, self.vocab, device=self.device)
+            logits = self.decoder.logits(hidden) if rows else torch.empty(0, self.vocab, device=self.device)
             if logits.is_cuda:
                 gpu("flags").raise_pending(logits.device)
             return logits
