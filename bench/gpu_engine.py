@@ -43,10 +43,11 @@ import torch
 
 import readme_tables
 from benchlib import HERE, cpu_model, say
+from countermark_appliance.engine.engine import STEP_TOKENS
 from countermark_kernels import PROFILE, kernel_digest
 from generated import SHAPES, TINY, Shape
 from gpu_paths import FULL, SMALL, Amounts, Bf16, Exact, Machine, Transformers, Way
-from serving import STEP_TOKENS, Stuck
+from serving import Stuck
 
 VLLM = {
     "vLLM fp8": {"decode": {"1": 224, "16": 3433, "64": 11557, "256": 25622}, "prefill": 64860, "ttft_ms": 35},
@@ -152,7 +153,7 @@ class Book:
             "profile": PROFILE,
             "kernel_digest": kernel_digest().hex(),
             "shape": {"name": shape.name, **{k: getattr(shape, k) for k in shape.__slots__ if k != "name"}},
-            "protocol": {k: getattr(size, k) for k in size.__slots__} | {"step_tokens": STEP_TOKENS},
+            "protocol": {k: getattr(size, k) for k in size.__slots__} | {"step_tokens": STEP_TOKENS[args.device]},
             "found": {},
             "failed": {},
             "another_run": {"what": VLLM_RUN, "rows": VLLM},
@@ -203,7 +204,7 @@ def _version(package: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--paths", default=",".join(PATHS), help=f"of {', '.join(PATHS)}")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu-engine.json")

@@ -18,6 +18,7 @@ from benchlib import say
 from bf16path import Bf16Executor, Weights
 from countermark_appliance.engine.audit import Recording, audit_all
 from countermark_appliance.engine.blocks import Blocks
+from countermark_appliance.engine.engine import STEP_TOKENS
 from countermark_appliance.engine.executor import make_executor
 from countermark_appliance.engine.model import Model
 from countermark_appliance.engine.replay import STEP_TOKENS as AUDIT_STEP_TOKENS
@@ -25,7 +26,7 @@ from countermark_appliance.engine.sampling import ResolvedSampling, resolve_samp
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_kernels.cache import BLOCK, KvCache
 from generated import Shape, artefact
-from serving import STEP_TOKENS, Decoding, Heard, Serving, rates_of, windows
+from serving import Decoding, Heard, Serving, rates_of, windows
 
 HEAT = {"temperature": 0.8, "top_p": 0.95}
 GREEDY: dict[str, float] = {}
@@ -146,14 +147,14 @@ class Engined:
             tokens = z.prompt + z.tokens
             with self.serving(batch, tokens, sampling) as serving, self.caches(batch, tokens) as caches:
                 prompts = serving.prompts(batch, z.prompt, self.shape.vocab)
-                decoding = Decoding(serving.executor, caches, prompts, sampling)
+                decoding = Decoding(serving, caches, prompts, sampling)
                 found[f"decode {batch}"] = stepprofile.steps(decoding.step, count)
                 decoding.settle()
-        for batch in (1, min(z.prefills, STEP_TOKENS // z.context)):
+        for batch in (1, min(z.prefills, STEP_TOKENS[self.device.type][0] // z.context)):
             tokens = z.context + 1
             with self.serving(batch, tokens, sampling) as serving, self.caches(batch, tokens) as caches:
                 prompts = serving.prompts(batch, z.context, self.shape.vocab)
-                make = partial(Decoding, serving.executor, caches, prompts, sampling)
+                make = partial(Decoding, serving, caches, prompts, sampling)
                 found[f"prefill {batch} x {z.context}"] = stepprofile.steps(make, 3)
         return found
 
@@ -184,6 +185,7 @@ class Exact(Engined):
                 lambda numbers: KvCache(self.model.pool, numbers),
                 self.tokenizer,
                 sequences=max(*self.size.batches, self.size.prefills, self.size.audits),
+                device=self.device.type,
             )
             say(f"    executor made in {time.perf_counter() - begun:.1f} s")
         try:
@@ -276,7 +278,7 @@ class Bf16(Engined):
     def serving(self, sequences: int, tokens: int, sampling: ResolvedSampling) -> Iterator[Serving]:
         executor = Bf16Executor(self.weights, slots=sequences, tokens=tokens, params=sampling.kernel_params())
         blocks = Blocks(1 + 2 * sequences * (-(-tokens // BLOCK) + 1))  # numbers only: the executor has its own places
-        serving = Serving(executor, blocks, _numbers, self.tokenizer, sequences=sequences)
+        serving = Serving(executor, blocks, _numbers, self.tokenizer, sequences=sequences, device=self.device.type)
         try:
             yield serving
         except Exception:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from countermark_appliance.engine.blocks import Blocks
+from countermark_appliance.engine.engine import STEP_TOKENS
 from countermark_appliance.engine.loop import Loop
 from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Request
 from countermark_appliance.engine.sampling import ResolvedSampling
@@ -28,8 +29,6 @@ from countermark_appliance.engine.step import Drawn, Executor, Part, Row, Ticket
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_kernels.cache import KvCache
 
-STEP_TOKENS = 8192
-"""Of a step, whether or not somebody decodes: for the most tokens a second, not for an even flow."""
 WINDOW_STEPS = 16
 PATIENCE_S = 60.0  # without a single token
 
@@ -115,17 +114,20 @@ class Serving:
         tokenizer: Tokenizer,
         *,
         sequences: int,
+        device: str,
     ) -> None:
+        """With the engine's own budgets for a `device` of that type."""
         self.executor = Watched(executor)
         self._tokenizer = tokenizer
         self._random = torch.Generator().manual_seed(7)
         self._seed = 0
+        self.step_tokens, mixed = STEP_TOKENS[device]
         scheduler = Scheduler(
             blocks,
             table,
             max_sequences=sequences,
-            step_tokens=STEP_TOKENS,
-            mixed_step_tokens=STEP_TOKENS,
+            step_tokens=self.step_tokens,
+            mixed_step_tokens=mixed,
             forget=executor.forget,
         )
         self._loop = Loop(self.executor, scheduler)
@@ -197,20 +199,21 @@ class Decoding:
     """Answers that grow one token a step straight through an executor, with one step in flight as in the engine."""
 
     def __init__(
-        self, executor: Executor, caches: Sequence[KvCache], prompts: Sequence[list[int]], sampling: ResolvedSampling
+        self, serving: Serving, caches: Sequence[KvCache], prompts: Sequence[list[int]], sampling: ResolvedSampling
     ) -> None:
-        self._executor, self._caches = executor, caches
+        """Computes the prompts, in as few steps as the engine would."""
+        self._executor, self._caches = serving.executor, caches
         self._params = sampling.kernel_params()
         self._tokens = [list(prompt) for prompt in prompts]
         self._prompt = self._length = len(prompts[0])
         self._fresh = True
-        each = max(1, STEP_TOKENS // self._prompt)
+        each = max(1, serving.step_tokens // self._prompt)
         for first in range(0, len(prompts), each):
             parts = [
                 Part(cache=cache, start=0, tokens=tokens, row=self._row(tokens))
                 for cache, tokens in zip(caches[first : first + each], self._tokens[first : first + each], strict=True)
             ]
-            self._take(executor.start(parts).wait(), first)
+            self._take(self._executor.start(parts).wait(), first)
         self._flying: Ticket | None = None
 
     def step(self) -> None:
