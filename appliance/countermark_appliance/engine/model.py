@@ -139,14 +139,13 @@ class Model:
         return self._made()[1]
 
     def size_pool(self, blocks: int) -> None:
-        """Make the pool, of so many blocks, block 0 included. Raises MemoryError; ValueError where there is one."""
+        """Make the pool, of so many blocks, block 0 included. Raises MemoryError, and ValueError the second time."""
         if self._pool is not None:
             raise ValueError("size_pool: expected no pool yet, got a second call")
         c = self._config
-        owner = Blocks(blocks)
         with _memory_errors():
             pool = Pool(layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim, blocks=blocks, device=self.device)
-        self._pool = pool, owner
+        self._pool = pool, Blocks(blocks)
 
     def new_cache(self, tokens: int) -> Cache:
         """A cache for `tokens` tokens in blocks of its own. Raises MemoryError where the pool has not so many."""
