@@ -296,4 +296,4 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Undecidable) as caught:
         load_runner(None, "cuda")  # type: ignore[arg-type]
-    assert caught.value.code == "replay.device"
+    assert caught.value.code == "engine.device"

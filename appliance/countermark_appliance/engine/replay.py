@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from countermark.errors import CountermarkError, FormatError, Undecidable
+from countermark.errors import CountermarkError, FormatError
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.assembler import Assembler
 from countermark_appliance.engine.audit import Difference, Outcome, Recording, audit_all, failed
@@ -24,7 +24,7 @@ from countermark_appliance.engine.engine import cpu_model, engine_version
 from countermark_appliance.engine.model import Cache, Chunk, Model
 from countermark_appliance.engine.request import Message
 from countermark_appliance.engine.sampling import ResolvedSampling
-from countermark_appliance.engine.selftest import self_test
+from countermark_appliance.engine.selftest import require_device, self_test
 from countermark_appliance.engine.step import Row
 from countermark_appliance.engine.text import Output
 from countermark_appliance.engine.tokenizer import Tokenizer
@@ -44,10 +44,9 @@ def load_runner(weights_dir: Path, device: str = "cpu") -> ExactRunner:
     """Load an artefact, every block verified against its root, onto `cpu` (all cores) or `cuda`.
 
     Raises `WeightsError` (which block), `FormatError`, `VerificationError` (`engine.self_test`), `Undecidable`
-    (`replay.device`).
+    (`engine.device`).
     """
-    if device != "cpu" and not torch.cuda.is_available():
-        raise Undecidable(f"device: expected a GPU for {device!r:.20}, found none", code="replay.device")
+    require_device(device)
     launch.set_threads(len(os.sched_getaffinity(0)))
     return ExactRunner(weights.load(weights_dir, verify=True), device)
 

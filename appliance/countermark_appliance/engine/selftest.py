@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from countermark.errors import VerificationError
+from countermark.errors import Undecidable, VerificationError
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_kernels import launch
 from countermark_kernels.fingerprint import encode, fingerprint
@@ -20,6 +20,12 @@ from countermark_kernels.ieee import NumericsError
 
 LENGTH = 40
 CUTS = (0, 1, 8, 25, LENGTH)
+
+
+def require_device(device: str) -> None:
+    """Raises `Undecidable` (`engine.device`) where `device`, `cpu` or `cuda`, is not there."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise Undecidable(f"device: expected a GPU for {device!r:.20}, found none", code="engine.device")
 
 
 def self_test(model: Model) -> bytes:
