@@ -111,6 +111,13 @@ class Undecidable(CountermarkError):
 
 
 class Unavailable(CountermarkError):
-    """The network, or a busy or stopping server. The same call may work later."""
+    """The network, or a busy or stopping server. The same call may work later.
+
+    `retry_after_s`: how long the server advises to wait, where it does.
+    """
 
     exit_code = 50
+
+    def __init__(self, message: str, *, code: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s

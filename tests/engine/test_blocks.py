@@ -67,7 +67,7 @@ class Machine(RuleBasedStateMachine):
         i = data.draw(st.integers(0, len(self.held) - 1))
         scope, tokens, numbers, first = self.held[i]
         end = data.draw(st.integers(first * BLOCK, len(tokens)))
-        done = self.blocks.publish(scope, tokens[:end], numbers, first)
+        done = self.blocks.publish(scope, tokens, numbers, first, end)
         assert first <= done <= max(first, end // BLOCK)
         self.held[i] = (scope, tokens, numbers, done)
         # Whatever it could not publish, somebody else has.
@@ -98,7 +98,7 @@ def test_the_least_recently_used_goes_first_and_a_child_before_its_parent() -> N
     blocks = Blocks(5)
     for letters in ([1, 2], [3, 4]):
         numbers = blocks.take(2)
-        blocks.publish(b"s", spread(letters), numbers, 0)
+        blocks.publish(b"s", spread(letters), numbers, 0, 2 * BLOCK)
         blocks.give(numbers)
     blocks.give(blocks.match(b"s", spread([1, 2])))  # used again, so the other pair is the older one
     for expected in ([2, 1], [2, 0], [1, 0], [0, 0]):
@@ -112,7 +112,7 @@ def test_the_least_recently_used_goes_first_and_a_child_before_its_parent() -> N
 def test_what_is_held_is_never_evicted() -> None:
     blocks = Blocks(3)
     (number,) = blocks.take(1)
-    blocks.publish(b"s", spread([1]), [number], 0)
+    blocks.publish(b"s", spread([1]), [number], 0, BLOCK)
     blocks.take(1)
     with pytest.raises(MemoryError):
         blocks.take(1)
@@ -139,7 +139,7 @@ def test_equal_hashes_are_not_equal_tokens() -> None:
     blocks = Blocks(9)
     numbers = blocks.take(4)
     for i, number in enumerate(numbers):
-        blocks.publish(Same([i % 2]), spread([i]), [number], 0)
+        blocks.publish(Same([i % 2]), spread([i]), [number], 0, BLOCK)
     assert [blocks.match(Same([i % 2]), spread([i])) for i in range(4)] == [[n] for n in numbers]
     assert blocks.match(Same([1]), spread([0])) == []
 
@@ -150,7 +150,7 @@ def test_its_memory_is_bounded_by_the_pool() -> None:
     def churn(first: int) -> None:
         for i in range(first, first + 500):
             numbers = blocks.take(5)
-            blocks.publish(i.to_bytes(8, "big"), spread([i] * 5), numbers, 0)
+            blocks.publish(i.to_bytes(8, "big"), spread([i] * 5), numbers, 0, 5 * BLOCK)
             blocks.give(numbers)
 
     def size() -> int:

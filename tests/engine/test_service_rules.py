@@ -12,8 +12,8 @@ from driver import Answer, run, start
 from tinymodel import TinyArtefact
 
 from countermark.errors import RequestError, Unavailable
-from countermark_appliance.engine import loop as loop_module
 from countermark_appliance.engine.engine import Engine
+from countermark_appliance.engine.executor import HostExecutor
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.request import DoneEvent, Event, Message, Request
 from countermark_kernels import PROFILE
@@ -162,7 +162,7 @@ def test_a_bug_in_the_loop_leaves_nobody_hanging(monkeypatch: pytest.MonkeyPatch
         raise KeyError("bug")
 
     engine = Engine(TinyArtefact(), threads=1)
-    monkeypatch.setattr(loop_module, "draw", broken)
+    monkeypatch.setattr(HostExecutor, "start", broken)
     assert start(engine, LONG).done().reason == "error"
     with pytest.raises(Unavailable):
         start(engine, LONG)

@@ -17,7 +17,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-BLOCK = 64
+from countermark_kernels.cache import BLOCK
+
 _BLOCK_BYTES = 4 * BLOCK
 _Key = tuple[int | bytes, bytes]  # the parent's number, or the scope of a first block; the 64 ids
 
@@ -81,19 +82,19 @@ class Blocks:
             parent = number
         return found
 
-    def publish(self, scope: bytes, tokens: Sequence[int], numbers: Sequence[int], first: int) -> int:
-        """Let `match` find blocks `first`, `first` + 1, ... of the holder of `numbers`, whose contents are `tokens`.
+    def publish(self, scope: bytes, tokens: Sequence[int], numbers: Sequence[int], first: int, end: int) -> int:
+        """Let `match` find blocks `first`, `first` + 1, ... of the holder of `numbers`, which hold `tokens[:end]`.
 
         All full blocks, or those up to one whose tokens somebody else has published: behind a block that is not its
         own a holder publishes nothing. Returns the next index to try.
         """
-        for index in range(first, len(tokens) // BLOCK):
+        for index in range(first, end // BLOCK):
             parent = numbers[index - 1] if index else scope
             key = (parent, array("I", tokens[index * BLOCK : (index + 1) * BLOCK]).tobytes())
             if self._published.setdefault(key, numbers[index]) != numbers[index]:
                 return index
             self._keys[numbers[index]] = key
-        return max(first, len(tokens) // BLOCK)
+        return max(first, end // BLOCK)
 
     def _evict(self) -> None:
         number, _ = self._kept.popitem(last=False)

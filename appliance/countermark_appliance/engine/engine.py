@@ -7,6 +7,7 @@ thread and resolves everything; `submit` starts the computation, so a record can
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import time
@@ -16,24 +17,29 @@ from pathlib import Path
 
 import torch
 
-from countermark.errors import RequestError
+from countermark.errors import RequestError, Unavailable
 from countermark_appliance.engine.assembler import Assembler
+from countermark_appliance.engine.executor import make_executor
 from countermark_appliance.engine.loop import Loop
-from countermark_appliance.engine.model import Model
-from countermark_appliance.engine.request import Handle, Prepared, Request, Sink
-from countermark_appliance.engine.sampling import resolve_sampling
+from countermark_appliance.engine.model import Model, available_bytes
+from countermark_appliance.engine.places import Places
+from countermark_appliance.engine.request import Handle, Place, Prepared, Request, Sink
+from countermark_appliance.engine.sampling import resolve_logprobs, resolve_sampling
 from countermark_appliance.engine.scheduler import Scheduler
 from countermark_appliance.engine.selftest import self_test
 from countermark_appliance.engine.sequence import Sequence
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_appliance.engine.weights import Artefact
 from countermark_kernels import PROFILE, kernel_digest, launch
+from countermark_kernels.cache import BLOCK, KvCache
 
 DEFAULT_MAX_TOKENS = 1024
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
-STEP_TOKENS = 512
-MIXED_STEP_TOKENS = 128
+STEP_TOKENS = {"cpu": (512, 128), "cuda": (8192, 2048)}
+"""Tokens of prompts in a step: while nobody decodes, and while somebody does."""
+POOL_CONTEXT = 8192
+"""Unless told otherwise the pool has room for every sequence that runs, of the whole context or of so many tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +66,7 @@ class EngineInfo:
 
 
 class Engine:
-    """Serves one artefact. `prepare`, `submit` and `close` may be called from any thread."""
+    """Serves one artefact. `prepare`, `reserve`, `submit` and `close` may be called from any thread."""
 
     def __init__(
         self,
@@ -69,13 +75,20 @@ class Engine:
         threads: int,
         max_sequences: int = 16,
         max_waiting: int = 64,
+        device: str = "cpu",
+        blocks: int | None = None,
+        step_tokens: int | None = None,
+        mixed_step_tokens: int | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        """Load, self-test, warm up, start the thread. `threads` 0: one for each core this process may use.
+        """Load, size the pool, self-test, warm up, start the thread.
 
-        `on_failure`: called once if that thread ever fails, which ends every request with `error`; see `failed`.
+        `threads` 0: one for each core this process may use. `blocks`: of the pool of keys and values, by default after
+        the memory that is free; `step_tokens`, `mixed_step_tokens`: see `Scheduler`, by default after the device. No
+        result depends on any of them. `on_failure`: called once if the thread ever fails, which ends every request with
+        `error`; see `failed`.
 
-        Raises `FormatError` (tokenizer, template) or `VerificationError` (`engine.self_test`).
+        Raises `FormatError` (tokenizer, template), `VerificationError` (`engine.self_test`) or MemoryError.
         """
         threads = threads or len(os.sched_getaffinity(0))
         launch.set_threads(threads)
@@ -83,7 +96,10 @@ class Engine:
         self._config = config
         self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=config.vocab)
         self._assembler = Assembler(artefact, self._tokenizer)
-        self._model = Model(artefact)
+        self._model = Model(artefact, device)
+        step, mixed = STEP_TOKENS[self._model.device.type]
+        step, mixed = step_tokens or step, mixed_step_tokens or mixed
+        self._model.size_pool(blocks or _pool_blocks(self._model, max_sequences, step))
         digest = self_test(self._model)
         self.info = EngineInfo(
             model=config.name,
@@ -104,8 +120,17 @@ class Engine:
             threads=threads,
             self_test=digest.hex(),
         )
-        scheduler = Scheduler(max_sequences=max_sequences, step_tokens=STEP_TOKENS, mixed_step_tokens=MIXED_STEP_TOKENS)
-        self._loop = Loop(self._model, scheduler, capacity=max_sequences + max_waiting, on_failure=on_failure)
+        self._executor = make_executor(self._model)
+        scheduler = Scheduler(
+            self._model.blocks,
+            functools.partial(KvCache, self._model.pool),
+            max_sequences=max_sequences,
+            step_tokens=step,
+            mixed_step_tokens=mixed,
+            forget=self._executor.forget,
+        )
+        self._loop = Loop(self._executor, scheduler, on_failure=on_failure)
+        self._places = Places(max_sequences + max_waiting, lambda: self._loop.wait_s)
 
     @property
     def failed(self) -> bool:
@@ -131,6 +156,7 @@ class Engine:
             seed=request.seed,
         )
         _check_stop(request.stop)
+        logprobs = resolve_logprobs(request.logprobs)
         tokens = self._assembler.tokens(prompt=request.prompt, messages=request.messages)
         ignore_eos = bool(request.ignore_eos)
         return Prepared(
@@ -142,24 +168,44 @@ class Engine:
             stop_tokens=() if ignore_eos else tuple(self._config.eos_ids),
             sampling=sampling,
             ignore_eos=ignore_eos,
+            logprobs=logprobs,
         )
 
-    def submit(self, prepared: Prepared, sink: Sink, deadline_s: float | None = None) -> Handle:
+    def reserve(self, client: bytes = b"") -> Place:
+        """A place in the queue, for `submit`; `release` it if the request goes no further. `client`: whose it is.
+
+        Raises `Unavailable` (`engine.busy`, with `retry_after_s`): all are taken, or half of them by this client.
+        """
+        return self._places.take(client)
+
+    def submit(
+        self, prepared: Prepared, sink: Sink, deadline_s: float | None = None, place: Place | None = None
+    ) -> Handle:
         """Start computing. `sink` gets the events on the engine's thread and must neither block nor raise.
 
-        `deadline_s`: seconds from now. Raises `Unavailable`: `engine.busy`, `engine.stopping`.
+        `deadline_s`: seconds from now. `place`: one that was reserved, which is the request's from now on, also if this
+        raises. Raises `Unavailable`: `engine.busy` (without a place only), `engine.stopping`.
         """
+        place = place or self.reserve()
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        sequence = Sequence(prepared, sink, self._tokenizer, deadline=deadline)
-        self._loop.submit(sequence)
+        sequence = Sequence(prepared, sink, self._tokenizer, deadline=deadline, release=place.release)
+        try:
+            self._loop.submit(sequence)
+        except Unavailable:
+            place.release()
+            raise
         return sequence
 
     def close(self) -> None:
         """End every request with `shutdown` and stop the thread. Idempotent."""
         self._loop.close()
+        self._executor.close()
 
     def _max_tokens(self, wanted: int | None, prompt: int) -> int:
-        room = self._config.context - prompt
+        pool = (self._model.blocks.count - 1) * BLOCK  # the last token of an answer is never computed
+        if prompt > pool:
+            raise RequestError(f"prompt: expected at most {pool} tokens, got {prompt}", code="request.prompt")
+        room = min(self._config.context - prompt, pool + 1 - prompt)
         if wanted is None:
             return min(DEFAULT_MAX_TOKENS, room)
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= room:
@@ -168,6 +214,17 @@ class Engine:
                 code="request.max_tokens",
             )
         return wanted
+
+
+def _pool_blocks(model: Model, sequences: int, step_tokens: int) -> int:
+    """Blocks for what may run at a time, as far as memory is free; on a GPU all that a step leaves free."""
+    if model.device.type == "cuda":
+        from countermark_appliance.engine.graphs import plan_memory  # noqa: PLC0415  triton is only there with a GPU
+
+        return plan_memory(model, step_tokens=step_tokens + sequences, max_rows=sequences)
+    tokens = max(model.context, sequences * min(model.context, POOL_CONTEXT))
+    room = available_bytes() // 4
+    return 1 + max(1, min((tokens + BLOCK - 1) // BLOCK, room // model.block_bytes))
 
 
 def engine_version() -> str:

@@ -24,7 +24,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation as the client asked for it. Exactly one of `messages` and `prompt` is given; None: the default."""
+    """One generation as the client asked for it. Exactly one of `messages` and `prompt` is given; None: the default.
+
+    `logprobs`: 0 for none, n for the log probability of each token and of the n likeliest beside it. `scope`: whose
+    prompt it is. A prefix that is computed already is used again inside one scope only, so that neither latency nor
+    `cached_tokens` tells one client about another's prompt.
+    """
 
     model: str = ""
     messages: tuple[Message, ...] | None = None
@@ -41,6 +46,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     ignore_eos: bool | None = None
+    logprobs: int | None = None
+    scope: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,7 @@ class Prepared:
     stop_tokens: tuple[int, ...]  # the ids that end the answer; empty when `ignore_eos`
     sampling: ResolvedSampling
     ignore_eos: bool
+    logprobs: int = 0
 
 
 class Finish(StrEnum):
@@ -70,11 +78,24 @@ class Finish(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Natural logarithms of probabilities at temperature 1, before bias, penalties and filters: of the token drawn, and
+    of the likeliest ids, in descending order. Informational; no record commits to them."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokensEvent:
-    """Tokens just sampled and the text that became certain with them (the two need not cover the same characters)."""
+    """Tokens just sampled and the text that became certain with them (the two need not cover the same characters).
+
+    `logprobs`: one for each id where the request asked for them, else none.
+    """
 
     ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +105,7 @@ class DoneEvent:
     `output_tokens`: every sampled id, the end-of-sequence token included; the concatenation of all `TokensEvent.ids`.
     `text`: the concatenation of all `TokensEvent.text`; ends before the stop string, if one was found.
     `fingerprints`: 16 bytes for each output token: two 64-bit lanes, little-endian. Times are UTC seconds since 1970.
+    `cached_tokens`: how many of the prompt this request found computed and never computed itself.
     `detail`: for the operator's log when `reason` is error; never prompt or output.
     """
 
@@ -100,6 +122,13 @@ class DoneEvent:
 
 Event = TokensEvent | DoneEvent
 Sink = Callable[[Event], None]
+
+
+class Place(Protocol):
+    """A place in the engine's queue, held from before a request's INTENT until its end."""
+
+    def release(self) -> None:
+        """Let somebody else have it. Idempotent, any thread."""
 
 
 class Handle(Protocol):

@@ -20,6 +20,7 @@ from countermark_kernels.sampler import SamplerParams
 ONE_20BIT = 1 << 20
 SEED_END = 1 << 64
 MAX_BIASES = 1024
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,12 @@ def resolve_sampling(
         seed=drawn,
         seed_origin="server" if origin else "client",
     )
+
+
+def resolve_logprobs(value: int | None) -> int:
+    """How many likeliest tokens are wanted beside each drawn one; 0: none, nor the drawn one's. Raises `RequestError`
+    (`request.logprobs`)."""
+    return _integer("logprobs", value, default=0, end=MAX_LOGPROBS + 1)
 
 
 def _refused(field: str, expected: str, got: object) -> RequestError:

@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens so far, its cache, its text, and when it is over.
+"""One request inside the engine: its tokens so far, its place in the pool, its text, and when it is over.
 
 A sequence belongs to the engine's thread; only `cancel` may be called from elsewhere. It emits one `TokensEvent` for
 each token and exactly one `DoneEvent`. A sink that raises ends its own sequence and nobody else's.
@@ -8,31 +8,52 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
-from countermark_appliance.engine.draw import Row
-from countermark_appliance.engine.model import Cache
-from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Sink, TokensEvent
+from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Sink, TokenLogprob, TokensEvent
+from countermark_appliance.engine.step import Drawn, Row
 from countermark_appliance.engine.text import Output
 from countermark_appliance.engine.tokenizer import Tokenizer
+from countermark_kernels.cache import BLOCK, KvCache
 
 
 class Sequence:
-    """One request being served. `computed`: how many of `tokens` have their keys and values in `cache`."""
+    """One request being served.
 
-    def __init__(self, prepared: Prepared, sink: Sink, tokenizer: Tokenizer, *, deadline: float | None) -> None:
-        """`deadline`: on the monotonic clock."""
+    `tokens`: the prompt and every token delivered. `undelivered`: draws that steps in flight have not brought home yet,
+    the last of them at place `slot` of its step's draws. `computed`: how many positions have been started, in flight or
+    settled; `limit`: how many there can ever be. `cache`: its table of blocks while it runs; the first `published` of
+    them others may find. `in_flight`: steps in flight that read or write those blocks.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        sink: Sink,
+        tokenizer: Tokenizer,
+        *,
+        deadline: float | None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`deadline`: on the monotonic clock. `release`: called once, when it ends."""
         self.prepared = prepared
-        self._params = prepared.sampling.kernel_params()
+        self.scope = prepared.request.scope
         self.tokens = list(prepared.prompt_tokens)
-        self.computed = 0
-        self.cache: Cache | None = None
+        self.prompt = len(prepared.prompt_tokens)
+        self.limit = self.prompt + prepared.max_tokens - 1  # nothing follows the last token
+        self.computed = self.published = self.undelivered = self.slot = self.in_flight = 0
+        self.cache: KvCache | None = None
         self.done = False
+        self._params = prepared.sampling.kernel_params()
+        self._logprobs = prepared.logprobs
         self._sink = sink
         self._deadline = deadline
+        self._release = release
         self._cancelled = False
         self._output = Output(
             tokenizer, stop=prepared.stop, stop_tokens=prepared.stop_tokens, max_tokens=prepared.max_tokens
         )
+        self._cached: int | None = None
         self._released: list[str] = []
         self._fingerprints: list[bytes] = []
         self._first_token_time: float | None = None
@@ -41,14 +62,43 @@ class Sequence:
         self._cancelled = True
 
     @property
-    def pending(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+    def length(self) -> int:
+        """Tokens drawn or given, delivered or not."""
+        return len(self.tokens) + self.undelivered
 
-    def row(self) -> Row:
-        """For drawing the next token."""
-        tokens = self.tokens
-        return Row(params=self._params, tokens=tokens, prompt=len(self.prepared.prompt_tokens), length=len(tokens))
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be drawn; 0 if that may be more than there will be."""
+        return min(self.length, self.limit) - self.computed
+
+    @property
+    def left(self) -> int:
+        """Tokens it may still bring."""
+        return self.limit + 1 - len(self.tokens)
+
+    def place(self, cache: KvCache, found: int) -> None:
+        """It runs, with the table `cache`, whose first `found` tokens are computed."""
+        self.cache = cache
+        self.computed = found
+        self.published = found // BLOCK
+        self._cached = min(found, self.prompt, self.prompt if self._cached is None else self._cached)
+
+    def displace(self) -> list[int]:
+        """It runs no longer, and has nothing in flight: the blocks it had. Its tokens stay."""
+        cache, self.cache = self.cache, None
+        self.computed = self.published = 0
+        return [] if cache is None else cache.blocks
+
+    def row(self, length: int) -> Row:
+        """For drawing the token behind the first `length`."""
+        return Row(
+            params=self._params,
+            tokens=self.tokens,
+            prompt=self.prompt,
+            length=length,
+            logprobs=self._logprobs,
+            key=self,
+        )
 
     def overdue(self, now: float) -> Finish | None:
         """Why the sequence must end before another step, if it must. `now`: monotonic."""
@@ -58,18 +108,21 @@ class Sequence:
             return Finish.DEADLINE
         return None
 
-    def accept(self, token: int, fingerprint: bytes) -> None:
-        """Append a sampled token, emit it, and finish if it was the last."""
+    def accept(self, drawn: Drawn) -> None:
+        """Append a drawn token, emit it, and finish if it was the last."""
         if self._first_token_time is None:
             self._first_token_time = time.time()
+        token = drawn.token
         self.tokens.append(token)
-        self._fingerprints.append(fingerprint)
-        self._emit_tokens((token,), self._output.push(token))
+        self._fingerprints.append(drawn.fingerprint)
+        text = self._output.push(token)
+        logprobs = () if drawn.logprob is None else (TokenLogprob(logprob=drawn.logprob, top=drawn.top),)
+        self._emit_tokens((token,), text, logprobs)
         if self._output.end is not None:
             self.finish(self._output.end)
 
     def finish(self, reason: Finish, detail: str = "") -> None:
-        """Emit what is still held back and the `DoneEvent`; let go of the cache. Does nothing the second time."""
+        """Emit what is still held back and the `DoneEvent`. Does nothing the second time."""
         if self.done:
             return
         rest = self._output.finish()
@@ -77,34 +130,37 @@ class Sequence:
             self._emit_tokens((), rest)
         if self.done:  # the sink failed just now
             return
-        self.done = True
-        self.cache = None
+        self._end()
         self._emit(self._done_event(reason, detail))
+
+    def _end(self) -> None:
+        self.done = True
+        self._release()
 
     def _done_event(self, reason: Finish, detail: str) -> DoneEvent:
         return DoneEvent(
             reason=reason,
-            output_tokens=tuple(self.tokens[len(self.prepared.prompt_tokens) :]),
+            output_tokens=tuple(self.tokens[self.prompt :]),
             text="".join(self._released),
             fingerprints=tuple(self._fingerprints),
-            prompt_tokens=len(self.prepared.prompt_tokens),
-            cached_tokens=0,
+            prompt_tokens=self.prompt,
+            cached_tokens=self._cached or 0,
             first_token_time=self._first_token_time,
             end_time=time.time(),
             detail=detail,
         )
 
-    def _emit_tokens(self, ids: tuple[int, ...], text: str) -> None:
-        self._released.append(text)
-        self._emit(TokensEvent(ids=ids, text=text))
+    def _emit_tokens(self, ids: tuple[int, ...], text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        if text:
+            self._released.append(text)
+        self._emit(TokensEvent(ids=ids, text=text, logprobs=logprobs))
 
     def _emit(self, event: Event) -> None:
         try:
             self._sink(event)
         except Exception as err:  # noqa: BLE001  the sink is the caller's; its bug must not end anybody else's answer
             if not self.done:
-                self.done = True
-                self.cache = None
+                self._end()
                 self._sink_failed(err)
 
     def _sink_failed(self, err: Exception) -> None:

@@ -23,7 +23,7 @@ class Output:
     def __init__(
         self, tokenizer: Tokenizer, *, stop: Sequence[str], stop_tokens: Collection[int], max_tokens: int
     ) -> None:
-        self._tokenizer = tokenizer
+        self._bytes = tokenizer.token_bytes
         self._stop_tokens = stop_tokens
         self._max_tokens = max_tokens
         self._text = TextStream(stop)
@@ -33,7 +33,7 @@ class Output:
     def push(self, token: int) -> str:
         """Add one token; return the text that became certain, all of it if this ends the answer."""
         self.count += 1
-        text = self._text.push(self._tokenizer.token_bytes(token))
+        text = self._text.push(self._bytes(token))
         if token in self._stop_tokens:
             self.end = Finish.EOS
         elif self._text.stopped:
@@ -61,11 +61,11 @@ class TextStream:
 
     def push(self, data: bytes) -> str:
         """Add one token's bytes; return the text that became certain. Sets `stopped` at a stop string."""
+        if not self._stop:
+            return self._decode(data)
         if self.stopped:
             return ""
         self._held += self._decode(data)
-        if not self._stop:
-            return self._release(len(self._held))
         return self._before_stop() if self._stop_found() else self._release(len(self._held) - self._undecided())
 
     def finish(self) -> str:
