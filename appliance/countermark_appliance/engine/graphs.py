@@ -71,7 +71,6 @@ def plan_memory(model: Loaded, *, step_tokens: int = STEP_TOKENS, max_rows: int 
     """
     device, stack = model.device, model.decoder
     kv_heads, head_dim, layers = stack.kv_heads, stack.head_dim, len(stack.layers)
-    shape = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
     step_tokens = min(step_tokens, stack.cos.shape[0])
     with torch.cuda.device(device):
         torch.cuda.synchronize()
@@ -79,7 +78,8 @@ def plan_memory(model: Loaded, *, step_tokens: int = STEP_TOKENS, max_rows: int 
         free, before = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         try:
-            pool = Pool(**shape, blocks=2 + step_tokens // BLOCK, device=device)
+            blocks = 2 + step_tokens // BLOCK
+            pool = Pool(layers=layers, kv_heads=kv_heads, head_dim=head_dim, blocks=blocks, device=device)
             scratch = sampler.Scratch(max_rows, model.vocab, device)
             logits = torch.empty(max_rows, model.vocab, device=device)
             cache = KvCache(pool, range(1, pool.blocks))
@@ -97,7 +97,7 @@ def plan_memory(model: Loaded, *, step_tokens: int = STEP_TOKENS, max_rows: int 
         flags.word(device).zero_()  # whatever a row of token 0 alone may have reported
         del pool, scratch, logits, cache, x, there
         torch.cuda.empty_cache()
-    blocks = (free - taken - MARGIN_BYTES) // Pool.block_bytes(**shape)
+    blocks = (free - taken - MARGIN_BYTES) // Pool.block_bytes(layers=layers, kv_heads=kv_heads, head_dim=head_dim)
     if blocks < 2:
         raise MemoryError(f"model: expected memory for keys and values, got {free} bytes free, {taken} taken by a step")
     return int(blocks)
@@ -119,14 +119,14 @@ class _Places:
 
     def __init__(self, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor: Tensor | None = None
-        self._made = {"dtype": dtype, "device": device}
+        self._dtype, self._device = dtype, device
         self._vocab = vocab
         self._free: list[int] = []
 
     def take(self) -> int:
         if not self._free:
             before = 0 if self.tensor is None else self.tensor.shape[0]
-            grown = torch.zeros(max(1, 2 * before), self._vocab, **self._made)
+            grown = torch.zeros(max(1, 2 * before), self._vocab, dtype=self._dtype, device=self._device)
             if self.tensor is not None:
                 grown[:before] = self.tensor
             self.tensor = grown
@@ -226,7 +226,7 @@ class _Running:
         self._results = results
         self._asked = asked
         self._likely = likely
-        self._done = torch.cuda.Event() if results.is_pinned() else None
+        self._done = torch.cuda.Event() if results.is_pinned() else None  # type: ignore[no-untyped-call]
         if self._done is not None:
             self._done.record()
 
@@ -291,7 +291,7 @@ class GraphExecutor:
             self._arrivals = torch.zeros(ROWS[-1] * self._pool.kv_heads, dtype=torch.int32, device=self._device)
             if self._recorded:
                 self._memory = torch.cuda.graph_pool_handle()
-                self._side = torch.cuda.Stream(self._device)
+                self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         if warm:
             self.warm()
 

@@ -104,29 +104,27 @@ def _penalised(x, seen, times, repetition, presence, frequency):
 
 
 @triton.jit
-def _scan(
-    logits, best, flag, fields, counts, bias, lanes, vocab,
-    ADJUST: tl.constexpr, MARK: tl.constexpr, SLICE: tl.constexpr,
-):  # fmt: skip
+def _scan(logits, best, flag, fields, counts, bias, lanes, vocab, SLICE: tl.constexpr):
     row = tl.program_id(0)
     at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     inside = at < vocab
     line = logits + row.to(tl.int64) * vocab + at
     l = tl.load(line, mask=inside, other=0.0)  # noqa: E741
-    if MARK:
+    if lanes is not None:
         fingerprint.add(lanes + row * 2, l, at)
-    if ADJUST:
+    if bias is not None:
         place = tl.load(fields + row * FIELDS + BIAS)
         if place >= 0:
             l = l + tl.load(bias + place * vocab + at, mask=inside, other=-0.0)  # noqa: E741
-        seen = tl.load(fields + row * FIELDS + COUNTS)
-        if seen >= 0:
-            state = tl.load(counts + seen * vocab + at, mask=inside, other=0)
+            tl.store(line, l, mask=inside)
+    if counts is not None:
+        place = tl.load(fields + row * FIELDS + COUNTS)
+        if place >= 0:
+            state = tl.load(counts + place * vocab + at, mask=inside, other=0)
             zero = tl.zeros_like(l)
             repetition = zero + _float(fields, row, REPETITION)
             presence, frequency = zero + _float(fields, row, PRESENCE), zero + _float(fields, row, FREQUENCY)
             l = _penalised(l, state != 0, state & 0x7FFFFFFF, repetition, presence, frequency)  # noqa: E741
-        if (place >= 0) | (seen >= 0):
             tl.store(line, l, mask=inside)
     amax = tl.max(ieee.magnitude(l), axis=0)
     flags.report(flag, amax >= ieee.INFINITY_BITS, flags.NOT_FINITE)
@@ -302,9 +300,10 @@ def _finish(ids, lanes, best, fields, counts, flag, results, vocab):
             tl.store(results + row * 3 + 1 + lane, tl.load(lanes + row * 2 + lane))
             tl.store(lanes + row * 2 + lane, 0)
         tl.store(best + row, LEAST)
-        place = tl.load(fields + row * FIELDS + COUNTS)
-        if (place >= 0) & (token < vocab):
-            tl.atomic_add(counts + place * vocab + token, 1, sem="relaxed")
+        if counts is not None:
+            place = tl.load(fields + row * FIELDS + COUNTS)
+            if (place >= 0) & (token < vocab):
+                tl.atomic_add(counts + place * vocab + token, 1, sem="relaxed")
     else:
         tl.store(results + row * 3, tl.atomic_xchg(flag, 0, sem="relaxed").to(tl.int64))
 
@@ -390,10 +389,8 @@ def draw(
     """
     rows, vocab = logits.shape
     flag, ids, best, lanes = flags.word(logits.device), scratch.ids[:rows], scratch.best[:rows], scratch.lanes[:rows]
-    state = {"ADJUST": counts is not None or bias is not None, "MARK": True}
-    _scan[(rows, triton.cdiv(vocab, SLICE))](
-        logits, best, flag, fields, counts, bias, lanes, vocab, **state, SLICE=SLICE, **ieee.EXACT
-    )
+    grid = (rows, triton.cdiv(vocab, SLICE))
+    _scan[grid](logits, best, flag, fields, counts, bias, lanes, vocab, SLICE=SLICE, **ieee.EXACT)
     _choose(logits, fields, best, ids, scratch, greedy=greedy)
     _finish[(rows + 1,)](ids, lanes, best, fields, counts, flag, scratch.results, vocab, num_warps=1, **ieee.EXACT)
 
@@ -404,9 +401,8 @@ def sample(logits: Tensor, fields: Tensor) -> Tensor:
     device = logits.device
     scratch = Scratch(rows, vocab, device)
     grid = (rows, triton.cdiv(vocab, SLICE))
-    none = (None, None, None)
-    options = {"ADJUST": False, "MARK": False, "SLICE": SLICE, **ieee.EXACT}
-    _scan[grid](logits, scratch.best, flags.word(device), fields, *none, vocab, **options)
+    flag = flags.word(device)
+    _scan[grid](logits, scratch.best, flag, fields, None, None, None, vocab, SLICE=SLICE, **ieee.EXACT)
     _choose(logits, fields, scratch.best, scratch.ids, scratch, greedy=False)
     return scratch.ids
 

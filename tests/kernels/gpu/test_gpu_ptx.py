@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from countermark_kernels.gpu import activation, attention, attention_hopper, attention_split, ieee
-from countermark_kernels.gpu import norm, quantise, rope, sampler
+from countermark_kernels.gpu import decoder, logprobs, norm, quantise, rope, sampler
 
 def ptx(kernel, signature, constants, source=ASTSource):
     types = {p.name: "constexpr" if p.name in constants else signature[p.name] for p in kernel.params}
@@ -30,7 +30,13 @@ def ptx(kernel, signature, constants, source=ASTSource):
 
 row = {"x": "*fp32", "q": "*i8", "s": "*fp32", "flag": "*i32", "width": "i32"}
 half = {"gate_up": "*fp32", "q": "*i8", "s": "*fp32", "flag": "*i32", "width": "i32"}
-logits = {"logits": "*fp32", "best": "*i64", "fields": "*i64", "sums": "*i64", "vocab": "i32"}
+logits = {"logits": "*fp32", "best": "*i64", "fields": "*i64", "sums": "*i64", "vocab": "i32", "largest": "*fp32"}
+logits |= {"ends": "*i32", "bounds": "*i32", "ranks": "*i64", "ids": "*i64", "flag": "*i32", "lanes": "*i64"}
+logits |= {"counts": "*i32", "bias": "*fp32", "results": "*i64", "tokens": "*i32", "count": "i32", "prompt": "i32"}
+logits |= {"entries": "*i32", "found": "*i64", "stride": "i32", "parts": "i32", "table": "*fp32", "carried": "*i32"}
+logits |= {"drawn": "*i64", "x": "*fp32", "width": "i32"}
+sizes = {"BUCKETS": 2048, "SLICE": 2048}
+none = {"counts": None, "bias": None}
 floats = dict.fromkeys(("qkv", "cos", "sin", "q_gain", "k_gain", "s_q", "s_k", "s_v"), "*fp32")
 floats |= dict.fromkeys(("scores", "maxima", "out", "out_ptr", "s_q_ptr"), "*fp32")
 cached = floats | dict.fromkeys(("q", "k", "v", "q_ptr"), "*i8") | {"flag": "*i32", "c": "fp32"}
@@ -53,7 +59,19 @@ json.dump({
     "quantise": ptx(quantise._kernel, row, {"BLOCK": 128}),
     "norm": ptx(norm._kernel, row | {"eps": "fp32"}, {"BLOCK": 128}),
     "swiglu": ptx(activation._kernel, half, {"PARTS": 1, "CHUNK": 128, "STAGES": 5}),
-    "sampler": ptx(sampler._count, logits, {"BUCKETS": 2048, "SLICE": 128}),
+    "sampler": ptx(sampler._count, logits, sizes),
+    "sampler scan": ptx(sampler._scan, logits, {"SLICE": 2048}),
+    "sampler scan alone": ptx(sampler._scan, logits, {"SLICE": 2048, "lanes": None, **none}),
+    "sampler plan": ptx(sampler._plan, logits, {"BUCKETS": 2048}),
+    "sampler scatter": ptx(sampler._scatter, logits, sizes),
+    "sampler resolve": ptx(sampler._resolve, logits, {"BUCKETS": 2048, "TILE": 1024}),
+    "sampler finish": ptx(sampler._finish, logits, {}),
+    "sampler finish alone": ptx(sampler._finish, logits, {"counts": None}),
+    "sampler remember": ptx(sampler._remember, logits, {"BLOCK": 256}),
+    "sampler adjust": ptx(sampler._adjust, logits, {"BLOCK": 256}),
+    "log probabilities": ptx(logprobs._slices, logits, {"SLICE": 2048, "COUNT": 32}),
+    "log probabilities of rows": ptx(logprobs._rows, logits, {"SIZE": 4096, "COUNT": 32}),
+    "embeddings": ptx(decoder._embed, logits, {"STRIDE": 3, "BLOCK": 1024}),
 }, sys.stdout)
 """
 
