@@ -42,8 +42,8 @@ from typing import Any
 import torch
 
 import readme_tables
-from benchlib import HERE, cpu_model, say
-from countermark_appliance.engine.engine import STEP_TOKENS
+from benchlib import HERE, say
+from countermark_appliance.engine.engine import STEP_TOKENS, cpu_model
 from countermark_kernels import PROFILE, kernel_digest
 from generated import SHAPES, TINY, Shape
 from gpu_paths import FULL, SMALL, Amounts, Bf16, Exact, Machine, Transformers, Way

@@ -27,11 +27,17 @@ def cpu_table(result: dict[str, Any]) -> str:
             shown.append(f"{found[cell]['best']:.0f}{ratio}")
         name = f"**{peer}**" if peer == ours else peer
         lines.append(f"| {name} | {' | '.join(shown)} |")
-    faster, tokens = result["audit"]["times_faster"], result["audit"]["tokens"]
+    audit = result["audit"]
+    together = (
+        f"; {audit['answers']} answers together went at {audit['tokens_per_second']:,.0f} tokens a second"
+        if "answers" in audit  # a result from before several could be audited at once has none
+        else ""
+    )
     lines += [
         "",
         f"SmolLM2-135M, best of {result['rounds']} interleaved rounds; in brackets how many times faster we were.",
-        f"Auditing an answer of {tokens} tokens took 1/{faster:.1f} of the time of generating it.",
+        f"Auditing an answer of {audit['tokens']} tokens took 1/{audit['times_faster']:.1f} of the time of",
+        f"generating it{together}.",
         f"{machine['cpu']} ({machine['flags']}), {machine['cores']} shared cores, torch {machine['torch']},",
         f"{machine['date']}; `make bench-cpu`, [numbers](bench/results/cpu.json).",
     ]
