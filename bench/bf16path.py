@@ -15,6 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ class Weights:
     ) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         random = torch.Generator(device).manual_seed(1)
-        kind = {"dtype": dtype, "device": device}
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
 
         def matrix(outputs: int, inputs: int, spread: float = 1.0) -> Tensor:
             return torch.randn(outputs, inputs, generator=random, **kind) * (spread / math.sqrt(inputs))
@@ -109,7 +110,7 @@ class Weights:
         """Replace the element-wise functions by compiled ones, if they compile here."""
         add, turn, glu = (torch.compile(f) for f in (add_norm, rotate, swiglu))
         s, layer = self.shape, self.layers[0]
-        kind = {"dtype": self.dtype, "device": self.device}
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         try:
             for rows in (64, 48, 1):  # a second size makes the rows a variable; one row is compiled apart
                 x = torch.zeros(rows, s.hidden, **kind)
@@ -268,7 +269,7 @@ class Bf16Executor:
     def _attend(self, q: Tensor, layer: int, length: int, mask: Tensor) -> Tensor:
         """q: [slots, heads, 1, d] -> [slots, heads * d]; the query heads of one kv head are rows of one product."""
         s = self._shape
-        q = q.view(self._slots, s.kv_heads, -1, s.head_dim)
+        q = q.reshape(self._slots, s.kv_heads, -1, s.head_dim)
         k, v = self._k[layer, :, :, :length], self._v[layer, :, :, :length]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, s.kv_heads, q.shape[2], -1))
         return out.reshape(self._slots, -1)

@@ -161,7 +161,10 @@ class Book:
         same = ("device", "kernel_digest", "versions", "shape", "protocol")
         if not fresh and file.exists():
             before = json.loads(file.read_text())
-            if all(before[key] == json.loads(json.dumps(self.result[key])) for key in same):
+            other = [key for key in same if before[key] != json.loads(json.dumps(self.result[key]))]
+            if other:
+                say(f"{file}: has another {', '.join(other)}: begun anew")
+            else:
                 self.result["found"], self.result["failed"] = before["found"], before["failed"]
 
     def begin(self, path: str, part: str) -> None:
@@ -213,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths, parts = args.paths.split(","), args.parts.split(",")
     if not (set(paths) <= set(PATHS) and set(parts) <= set(PARTS)):
         parser.error(f"paths: of {', '.join(PATHS)}; parts: of {', '.join(PARTS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("device: expected a GPU, found none; --shape tiny --device cpu shows that it runs")
     everything = set(paths) == set(PATHS) and set(parts) == set(PARTS)
     book = Book(args.out, args, fresh=everything)
     if args.here or len(paths) == 1:

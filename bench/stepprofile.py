@@ -59,7 +59,7 @@ def steps(step: Callable[[], object], count: int) -> dict[str, Any]:
         _wait()
     ran = [
         (event.start_ns(), event.duration_ns(), event.name())
-        for event in recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in recorded.profiler.kineto_results.events()
         if event.device_type() == torch.autograd.DeviceType.CUDA
     ]
     groups: defaultdict[str, float] = defaultdict(float)
