@@ -39,6 +39,7 @@ _BY_CLASS: Final = (
     (LogError, grpc.StatusCode.FAILED_PRECONDITION),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
+# Where the error itself does not say when to come back.
 _RETRY_MS: Final = {"attest.rate": 200, "engine.busy": 1000, "service.busy": 1000, "log.full": 60_000}
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -105,6 +106,8 @@ async def _abort(context: Context, err: Exception) -> NoReturn:
         _log.error("call: unexpected %s", describe(err))
         err = Unavailable("server: internal error", code="server.internal")
     trailing = [(codec.CODE_KEY, err.code)]
-    if err.code in _RETRY_MS:
-        trailing.append((codec.RETRY_KEY, str(_RETRY_MS[err.code])))
+    advised_s = err.retry_after_s if isinstance(err, Unavailable) else None
+    wait_ms = _RETRY_MS.get(err.code) if advised_s is None else round(1000 * advised_s)
+    if wait_ms is not None:
+        trailing.append((codec.RETRY_KEY, str(wait_ms)))
     await context.abort(status_of(err), str(err), tuple(trailing))

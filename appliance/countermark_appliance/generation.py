@@ -1,9 +1,10 @@
 """One request's life on the server, from INTENT to its end, whether or not the client stays to listen.
 
-Order: resolve the request · INTENT durable · Accepted · the engine computes · OUTCOME and receipt, or ABORT. The life
-is a task of its own and the stream only reads from it, so a client that stops reading delays nothing but itself, and
-one that leaves still gets its ABORT recorded. Tokens not yet taken wait as one growing message: the first goes out at
-once, later ones at most every `COALESCE_S`.
+Order: a place in the engine's queue · resolve the request · INTENT durable · Accepted · the engine computes · OUTCOME
+and receipt, or ABORT. A busy engine refuses before anything is recorded. The life is a task of its own and the stream
+only reads from it, so a client that stops reading delays nothing but itself, and one that leaves still gets its ABORT
+recorded. Tokens not yet taken wait as one growing message: the first goes out at once, later ones at most every
+`COALESCE_S`.
 
 Runs on one event loop; what blocks (tokenising, fsync, signing) runs on the executor. Holds prompts: logs none of it.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
@@ -30,15 +32,19 @@ from countermark_appliance.engine.request import (
     Finish,
     Handle,
     Message,
+    Place,
     Prepared,
     Request,
     Sink,
+    TokenLogprob,
     TokensEvent,
 )
 from countermark_appliance.faults import describe
 from countermark_appliance.records.recorder import Committed, Completed
 
 COALESCE_S: Final = 0.02
+MESSAGE_IDS: Final = 8192
+"""Of one Tokens message: what waits for a client that does not read may be more than a message can hold."""
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -46,9 +52,13 @@ T = TypeVar("T")
 class Engine(Protocol):
     """What computes: `engine.Engine`."""
 
+    def reserve(self, client: bytes = b"") -> Place: ...
+
     def prepare(self, request: Request) -> Prepared: ...
 
-    def submit(self, prepared: Prepared, sink: Sink, deadline_s: float | None = None) -> Handle: ...
+    def submit(
+        self, prepared: Prepared, sink: Sink, deadline_s: float | None = None, place: Place | None = None
+    ) -> Handle: ...
 
 
 class Recorder(Protocol):
@@ -68,6 +78,7 @@ class Recorder(Protocol):
         stop: Sequence[str],
         stop_tokens: Sequence[int],
         ignore_eos: bool,
+        logprobs: bool = False,
     ) -> Committed: ...
 
     def commit_outcome(
@@ -113,8 +124,11 @@ class Generation:
         for future in (self._accepted, self._last):
             future.add_done_callback(_retrieve)  # nobody may be left to read it
         self._arrived = asyncio.Event()
+        self._lock = threading.Lock()  # over what the engine's thread adds and the stream takes:
         self._ids: list[int] = []
         self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._woken = False
         self._tokens_sent = 0
         self._handle: Handle | None = None
         self._abandoned: Finish | None = None
@@ -129,7 +143,24 @@ class Generation:
     async def run(self) -> None:
         """The life; never raises for what went wrong with the request: `messages` does."""
         try:
-            prepared = await self._blocking(lambda: self._engine.prepare(_engine_request(self._order.request)))
+            place = self._engine.reserve(self._scope)
+        except CountermarkError as err:
+            self._fail(err)
+            return
+        try:
+            await self._live(place)
+        finally:
+            place.release()  # the engine has done so where it got it
+
+    @property
+    def _scope(self) -> bytes:
+        """One for each connection: nobody's prompt is told by another's latency or count of cached tokens."""
+        return self._order.attested.quote_digest
+
+    async def _live(self, place: Place) -> None:
+        request = _engine_request(self._order.request, self._scope)
+        try:
+            prepared = await self._blocking(lambda: self._engine.prepare(request))
             if self._abandoned is not None:
                 raise _ended(self._abandoned)
             committed = await self._blocking(lambda: self._commit_intent(prepared))
@@ -138,7 +169,7 @@ class Generation:
             return
         reason = Finish.ERROR
         try:
-            done = await self._compute(prepared, committed)
+            done = await self._compute(prepared, committed, place)
             reason = done.reason
             if done.detail:
                 _log.error("generation: %s", done.detail)
@@ -165,39 +196,52 @@ class Generation:
             if self._ids or self._text:
                 sent = self._loop.time()
                 yield self._take()
+                if self._ids:  # more than one message holds, or come meanwhile
+                    self._arrived.set()
             ended = self._done.done() or self._last.done()
             if ended and not self._ids and not self._text:
                 yield await asyncio.shield(self._last)
                 return
 
-    async def _compute(self, prepared: Prepared, committed: Committed) -> DoneEvent:
+    async def _compute(self, prepared: Prepared, committed: Committed, place: Place) -> DoneEvent:
         if self._abandoned is not None:
             raise _ended(self._abandoned)
         deadline = self._order.deadline
         left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-        self._handle = self._engine.submit(prepared, self._sink, left_s)
+        self._handle = self._engine.submit(prepared, self._sink, left_s, place)
         self._accepted.set_result(codec.encode_accepted(committed.acceptance))
         return await self._done
 
     def _sink(self, event: Event) -> None:
-        """Called on the engine's thread. A loop that has closed has nobody left to tell."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._on_event, event)
-
-    def _on_event(self, event: Event) -> None:
+        """Called on the engine's thread, for every token: no more than one wake-up for each message that is sent."""
         match event:
-            case TokensEvent(ids=ids, text=text):
-                self._ids += ids
-                self._text.append(text)
+            case TokensEvent():
+                with self._lock:
+                    self._ids.extend(event.ids)
+                    self._text.append(event.text)
+                    self._logprobs.extend(event.logprobs)
+                    woken, self._woken = self._woken, True
+                if not woken:
+                    self._call_soon(self._arrived.set)
             case DoneEvent():
-                self._done.set_result(event)
+                self._call_soon(self._on_done, event)
+
+    def _call_soon(self, call: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # a loop that has closed has nobody left to tell
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _on_done(self, event: DoneEvent) -> None:
+        self._done.set_result(event)
         self._arrived.set()
 
     def _take(self) -> bytes:
-        tokens = pb.Tokens(ids=self._ids, text="".join(self._text))
-        self._tokens_sent += len(self._ids)
-        self._ids.clear()
-        self._text.clear()
+        with self._lock:
+            ids, self._ids = self._ids[:MESSAGE_IDS], self._ids[MESSAGE_IDS:]
+            logprobs, self._logprobs = self._logprobs[:MESSAGE_IDS], self._logprobs[MESSAGE_IDS:]
+            text, self._text = self._text, []
+            self._woken = False
+        self._tokens_sent += len(ids)
+        tokens = pb.Tokens(ids=ids, text="".join(text), logprobs=map(_logprob, logprobs))
         return pb.GenerateResponse(tokens=tokens).SerializeToString()
 
     def _commit_intent(self, prepared: Prepared) -> Committed:
@@ -225,6 +269,7 @@ class Generation:
             stop=prepared.stop,
             stop_tokens=prepared.stop_tokens,
             ignore_eos=prepared.ignore_eos,
+            logprobs=prepared.logprobs > 0,
         )
 
     def _finish(self, committed: Committed, done: DoneEvent) -> bytes:
@@ -277,7 +322,11 @@ def _retrieve(future: asyncio.Future[bytes]) -> None:
         future.exception()
 
 
-def _engine_request(request: pb.GenerateRequest) -> Request:
+def _logprob(value: TokenLogprob) -> pb.Logprob:
+    return pb.Logprob(logprob=value.logprob, top=[pb.Likely(id=i, logprob=number) for i, number in value.top])
+
+
+def _engine_request(request: pb.GenerateRequest, scope: bytes) -> Request:
     sampling, chat = request.sampling, request.WhichOneof("input") == "chat"
     turns = tuple(Message(role=turn.role, content=turn.content) for turn in request.chat.messages)
     return Request(
@@ -296,6 +345,8 @@ def _engine_request(request: pb.GenerateRequest) -> Request:
         logit_bias=dict(sampling.logit_bias),
         seed=_given(sampling, "seed"),
         ignore_eos=_given(request, "ignore_eos"),
+        logprobs=_given(request, "logprobs"),
+        scope=scope,
     )
 
 

@@ -40,6 +40,7 @@ from countermark_appliance.service import Service, ServiceLimits
 from countermark_kernels import PROFILE, kernel_digest
 
 NO_NONCE = bytes(32)  # nobody asked for the passport, and it claims no freshness
+RECORDING = 64
 CERTIFICATE_VALID_S = 366 * 86_400  # a name for tooling; what authenticates the key is the quote
 _log = logging.getLogger(__name__)
 
@@ -148,7 +149,8 @@ def _service(
         engine=engine,
         connections=connections,
         passport=passport,
-        limits=ServiceLimits(generations=config.max_sequences + config.max_waiting),
+        # More than the engine has places for: answers that have ended and wait for their records.
+        limits=ServiceLimits(generations=config.max_sequences + config.max_waiting + RECORDING),
     )
     return service, connections
 

@@ -27,6 +27,7 @@ DEFAULTS: Final[Mapping[str, object]] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "ignore_eos": False,
+    "logprobs": False,
 }
 """What a setting is when a request does not give it (proto `countermark.v1.Sampling`), as a record names it."""
 _PLAIN = ("temperature", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
@@ -75,6 +76,7 @@ def check_settings(asked: Asked, intent: Intent) -> None:
         "max_tokens": intent.max_tokens,
         "stop": intent.stop,
         "ignore_eos": intent.ignore_eos,
+        "logprobs": intent.logprobs,
         "model": intent.stack.model,
     }
     wanted = dict(asked.settings)
@@ -103,6 +105,8 @@ def _settings(message: pb.GenerateRequest) -> dict[str, object]:
     settings["stop"] = tuple(message.stop)
     if message.HasField("ignore_eos"):
         settings["ignore_eos"] = message.ignore_eos
+    if message.HasField("logprobs"):  # recorded is whether there were any
+        settings["logprobs"] = message.logprobs > 0
     return settings
 
 

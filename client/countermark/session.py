@@ -121,6 +121,18 @@ class Answer:
         return Path(path)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """The log probability of a drawn token, and the likeliest ids with theirs, in descending order.
+
+    Natural logarithms, at temperature 1 and before bias, penalties and filters.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 class Session:
     """An appraised connection. Make it with `connect`; use it as a context manager. Thread-safe."""
 
@@ -156,9 +168,12 @@ class Session:
         seed: int | None = None,
         logit_bias: Mapping[int, float] | None = None,
         ignore_eos: bool | None = None,
+        logprobs: int | None = None,
         timeout_s: float | None = None,
     ) -> Stream:
         """Send a prompt (raw text) or messages ((role, content) pairs, under the model's chat template).
+
+        `logprobs`: 1 to 20 for each token's log probability and those of so many likeliest, see `Stream.logprobs`.
 
         Returns once the appliance has committed to the request and that has been verified. Raises `RequestError`
         (`request.*`), `Unavailable`, or, when the commitment does not verify, `FormatError` or `VerificationError`.
@@ -179,6 +194,7 @@ class Session:
             seed=seed,
             logit_bias=logit_bias,
             ignore_eos=ignore_eos,
+            logprobs=logprobs,
         )
         if self._channel.is_over or self._closed:
             raise self._channel.failure() or _closed()
@@ -212,7 +228,9 @@ class Stream:
         self._session = session
         self._channel = channel
         self._call = call
+        self._asked = codec.parse_generate_request(request).logprobs
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
         self._characters = 0
         self._answer: Answer | None = None
@@ -230,6 +248,11 @@ class Stream:
     def tokens(self) -> tuple[int, ...]:
         """The token ids so far."""
         return tuple(self._tokens)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """One for each of `tokens`, if asked for. The appliance says so; no signature covers them."""
+        return tuple(self._logprobs)
 
     def __iter__(self) -> Iterator[str]:
         """The text that has not been given out yet, piece by piece, until the receipt has been verified."""
@@ -287,6 +310,8 @@ class Stream:
         most = self.accepted.intent.max_tokens
         if len(self._tokens) > most or self._characters > MAX_TEXT_CHARACTERS or not (tokens.ids or tokens.text):
             raise FormatError(f"stream: expected 1 to {most} tokens and their text", code="stream.size")
+        for token, logprob, top in codec.logprobs(tokens, self._asked):
+            self._logprobs.append(TokenLogprob(token=token, logprob=logprob, top=top))
         self._text.append(tokens.text)
         return tokens.text
 
@@ -334,6 +359,10 @@ def _translated(err: grpc.RpcError, channel: Channel) -> CountermarkError:
         code = f"server.{status.name.lower()}"
     said = "".join(c if c.isprintable() else "?" for c in (err.details() or status.name)[:_SAID])
     retry = given.get(codec.RETRY_KEY, "")
-    if retry.isascii() and retry.isdigit() and len(retry) < 9:
-        said += f" (retry after {int(retry) / 1000:g} s)"
-    return _CLASSES.get(status, Unavailable)(f"server: {said}", code=code)
+    wait_s = int(retry) / 1000 if retry.isascii() and retry.isdigit() and len(retry) < 9 else None
+    if wait_s is not None:
+        said += f" (retry after {wait_s:g} s)"
+    kind = _CLASSES.get(status, Unavailable)
+    if kind is Unavailable:
+        return Unavailable(f"server: {said}", code=code, retry_after_s=wait_s)
+    return kind(f"server: {said}", code=code)

@@ -40,7 +40,7 @@ CODE = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 CHAIN = ("root", "short", "ca", "chain_signature", "not_yet_valid", "expired", "crl_issuer", "crl_signature")
 SETTINGS = (
     *("temperature", "top_k", "top_p_20bit", "min_p_20bit", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "seed", "logit_bias", "max_tokens", "stop", "ignore_eos", "model"),
+    *("frequency_penalty", "seed", "logit_bias", "max_tokens", "stop", "ignore_eos", "logprobs", "model"),
 )
 FAMILIES: dict[str, tuple[str, ...]] = {
     "claims.{name}": tuple(
@@ -71,7 +71,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "request.{name}": tuple(
         f"request.{name}"
         for name in (
-            *("model", "prompt", "max_tokens", "ignore_eos", "temperature", "top_k", "top_p", "min_p"),
+            *("model", "prompt", "max_tokens", "ignore_eos", "logprobs", "temperature", "top_k", "top_p", "min_p"),
             *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed"),
         )
     ),

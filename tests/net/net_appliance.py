@@ -19,8 +19,19 @@ from countermark.formats.evidence import Passport
 from countermark.formats.records import Kind, parse_leaf
 from countermark.session import Session, connect
 from countermark_appliance.connections import Connections
-from countermark_appliance.engine.request import DoneEvent, Finish, Handle, Prepared, Request, Sink, TokensEvent
-from countermark_appliance.engine.sampling import resolve_sampling
+from countermark_appliance.engine.places import Places
+from countermark_appliance.engine.request import (
+    DoneEvent,
+    Finish,
+    Handle,
+    Place,
+    Prepared,
+    Request,
+    Sink,
+    TokenLogprob,
+    TokensEvent,
+)
+from countermark_appliance.engine.sampling import resolve_logprobs, resolve_sampling
 from countermark_appliance.frontend import FrontEnd, Limits
 from countermark_appliance.service import Service, ServiceLimits
 from one_answer import NOW, Machine
@@ -43,10 +54,14 @@ class ScriptedEngine:
         self.delay_s = 0.0
         self.hold = threading.Event()
         self.submitted: list[Prepared] = []
+        self.places = Places(1000, lambda: 1.0)
         self.before_submit: Callable[[], None] = lambda: None
         self.handles: list[_Handle] = []
         self.closing = threading.Event()
         self.ended: list[str] = []
+
+    def reserve(self, client: bytes = b"") -> Place:
+        return self.places.take(client)
 
     def prepare(self, request: Request) -> Prepared:
         if request.model not in ("", "tiny"):
@@ -67,9 +82,13 @@ class ScriptedEngine:
                 vocab=1000, temperature=request.temperature, top_p=request.top_p, seed=request.seed
             ),
             ignore_eos=bool(request.ignore_eos),
+            logprobs=resolve_logprobs(request.logprobs),
         )
 
-    def submit(self, prepared: Prepared, sink: Sink, deadline_s: float | None = None) -> Handle:
+    def submit(
+        self, prepared: Prepared, sink: Sink, deadline_s: float | None = None, place: Place | None = None
+    ) -> Handle:
+        assert place is not None
         self.before_submit()
         self.submitted.append(prepared)
         handle = _Handle()
@@ -98,7 +117,9 @@ class ScriptedEngine:
                 break
             ids.append(10 + i % 100)
             text.append(WORDS[i % len(WORDS)])
-            sink(TokensEvent(ids=(ids[-1],), text=text[-1]))
+            likely = tuple((1000 + n, -0.5 * n) for n in range(prepared.logprobs))
+            logprobs = (TokenLogprob(logprob=-0.25 * ids[-1], top=likely),) if prepared.logprobs else ()
+            sink(TokensEvent(ids=(ids[-1],), text=text[-1], logprobs=logprobs))
             if self.delay_s:
                 time.sleep(self.delay_s)
         self.ended.append(reason.value)

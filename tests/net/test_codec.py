@@ -61,6 +61,35 @@ def test_requests_come_back(messages: list[tuple[str, str]], seed: int) -> None:
     assert codec.encode_generate_request(messages=messages, seed=seed) != data  # a fresh nonce each time
 
 
+@pytest.mark.parametrize(
+    ("asked", "entries", "fits"),
+    [
+        (0, [], True),
+        (2, [(-0.5, [(1, -0.5), (2, -1.0)]), (-3.0, [])], True),
+        (2, [(-0.5, [])], False),
+        (2, [], False),
+        (0, [(-0.5, []), (-0.5, [])], False),
+        (1, [(-0.5, [(1, -0.5), (2, -1.0)]), (-3.0, [])], False),
+        (1, [(float("nan"), []), (-3.0, [])], False),
+        (1, [(-0.5, [(1, float("-inf"))]), (-3.0, [])], False),
+    ],
+)
+def test_log_probabilities_are_as_many_as_asked_for_and_finite(
+    asked: int, entries: list[tuple[float, list[tuple[int, float]]]], fits: bool
+) -> None:
+    logprobs = [
+        pb.Logprob(logprob=own, top=[pb.Likely(id=i, logprob=number) for i, number in top]) for own, top in entries
+    ]
+    message = pb.Tokens(ids=[7, 8], logprobs=logprobs)
+    if fits:
+        expected = tuple((token, own, tuple(top)) for token, (own, top) in zip((7, 8), entries, strict=bool(asked)))
+        assert codec.logprobs(message, asked) == expected
+    else:
+        with pytest.raises(FormatError) as caught:
+            codec.logprobs(message, asked)
+        assert caught.value.code == "stream.malformed"
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_unknown_fields_are_found_at_any_depth(depth: int) -> None:
     unknown = b"\xa2\x06\x01y"  # field 100

@@ -20,12 +20,13 @@ from net_appliance import Appliance, Wrapped, running
 from net_helpers import Relay, wait_until
 
 from countermark.channel import Channel
-from countermark.errors import ChannelError, Unavailable
+from countermark.errors import ChannelError, RequestError, Unavailable
 from countermark.formats.records import Kind, parse_leaf
 from countermark.session import connect
 from countermark.tlog.merkle import leaf_hash, verify_consistency, verify_inclusion
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
+from countermark_appliance.engine.places import Places
 from countermark_appliance.frontend import Limits
 from countermark_appliance.service import ServiceLimits
 from one_answer import NOW
@@ -289,6 +290,84 @@ def test_too_many_requests_are_refused_before_the_log(tmp_path: Path) -> None:
             stream.result()
         assert appliance.kinds().count(Kind.INTENT) == 2
         assert len(session.generate("now", max_tokens=1).result().tokens) == 1
+
+
+def test_a_busy_engine_refuses_before_the_log_and_says_when_to_come_back(tmp_path: Path) -> None:
+    """The place is taken first, whatever then goes wrong it is given back, and one connection has at most half."""
+    with running(tmp_path) as appliance, appliance.connect() as one, appliance.connect() as other:
+        for wait_s, advised_s in ((2.5, 2.5), (0.0, 0.1), (1e9, 30.0)):
+            appliance.engine.places = Places(4, lambda wait_s=wait_s: wait_s)
+            before = appliance.kinds()
+            with holding(appliance):
+                streams = [one.generate("x", max_tokens=1) for _ in range(2)]
+                with pytest.raises(Unavailable) as caught:
+                    one.generate("a third of one connection")
+                assert (caught.value.code, caught.value.retry_after_s) == ("engine.busy", advised_s)
+                streams += [other.generate("x", max_tokens=1) for _ in range(2)]
+                with pytest.raises(Unavailable) as caught:
+                    other.generate("a fifth")
+                assert caught.value.code == "engine.busy"
+                assert f"retry after {advised_s:g} s" in str(caught.value)
+                assert appliance.kinds() == [*before, *[Kind.INTENT] * 4]
+            for stream in streams:
+                stream.result()
+        with open_channel(appliance) as channel:
+            attest(channel.grpc_channel)
+            for _ in range(4):  # refused by `prepare`
+                bad = codec.encode_generate_request(prompt="x", model="another")
+                assert refusal(lambda bad=bad: list(generate(channel.grpc_channel, bad)))[1] == "request.model"
+        assert appliance.engine.places._taken == 0
+        assert len(one.generate("now", max_tokens=1).result().tokens) == 1
+
+
+def test_a_refusal_speaks_grpcs_own_words(tmp_path: Path) -> None:
+    with running(tmp_path) as appliance, open_channel(appliance) as channel:
+        attest(channel.grpc_channel)
+        appliance.engine.places = Places(0, lambda: 1.25)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(generate(channel.grpc_channel))
+        err: Any = caught.value
+        assert err.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(err.trailing_metadata())["grpc-retry-pushback-ms"] == "1250"
+
+
+def test_every_connection_is_a_scope_of_its_own(appliance: Appliance) -> None:
+    with appliance.connect() as one, appliance.connect() as other:
+        for session in (one, other, one):
+            session.generate("the same", max_tokens=1).result()
+    scopes = [prepared.request.scope for prepared in appliance.engine.submitted[-3:]]
+    assert scopes[0] == scopes[2] != scopes[1]
+    assert all(len(scope) == 32 for scope in scopes)
+
+
+def test_log_probabilities_travel_beside_the_tokens_and_are_recorded_as_asked_for(appliance: Appliance) -> None:
+    with appliance.connect() as session:
+        stream = session.generate("x", max_tokens=5, logprobs=2)
+        answer = stream.result()
+        assert [one.token for one in stream.logprobs] == list(answer.tokens)
+        assert [one.logprob for one in stream.logprobs] == [-0.25 * token for token in answer.tokens]
+        assert {one.top for one in stream.logprobs} == {((1000, 0.0), (1001, -0.5))}
+        assert answer.receipt.accepted.intent.logprobs
+        for none in (None, 0):
+            stream = session.generate("x", max_tokens=5, logprobs=none)
+            assert not stream.result().receipt.accepted.intent.logprobs
+            assert stream.logprobs == ()
+        for bad, code in ((21, "request.logprobs"), (-1, "request.logprobs"), (2**32, "request.logprobs")):
+            with pytest.raises(RequestError) as caught:
+                session.generate("x", logprobs=bad)
+            assert caught.value.code == code
+
+
+def test_what_waited_for_a_slow_reader_fits_messages(appliance: Appliance) -> None:
+    with open_channel(appliance) as channel:
+        attest(channel.grpc_channel)
+        request = codec.encode_generate_request(prompt="long", max_tokens=30_000, logprobs=20)
+        before = appliance.kinds().count(Kind.OUTCOME)
+        stream = generate(channel.grpc_channel, request, timeout=60)
+        wait_until(lambda: appliance.kinds().count(Kind.OUTCOME) == before + 1, 30)
+        found = [pb.GenerateResponse.FromString(message).tokens for message in stream]
+        assert sum(len(tokens.ids) for tokens in found) == 30_000
+        assert all(len(tokens.logprobs) == len(tokens.ids) <= 8192 for tokens in found)
 
 
 def test_an_engine_that_refuses_after_the_intent_gets_an_abort(appliance: Appliance) -> None:

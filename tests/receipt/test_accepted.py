@@ -79,7 +79,7 @@ def test_settings_not_given_are_the_defaults_and_the_seed_is_the_servers(world: 
     for name in ("sampling", "max_tokens", "stop"):
         message.ClearField(name)
     data = message.SerializeToString(deterministic=True)
-    defaults = {name: value for name, value in DEFAULTS.items() if name != "ignore_eos"}
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in ("ignore_eos", "logprobs")}
     drawn = replace(SAMPLING, seed=99, seed_origin="server", logit_bias=(), **defaults)  # type: ignore[arg-type]
     committed = world.machine.intent(world.verdict, raw_request=data, sampling=drawn, max_tokens=100, stop=())
     assert verify_accepted(committed.acceptance, world.verdict, data).intent.sampling.seed == 99
@@ -93,7 +93,8 @@ def test_settings_not_given_are_the_defaults_and_the_seed_is_the_servers(world: 
     others = {name: 0.5 if isinstance(value, float) else 1 for name, value in defaults.items()}
     for name, value in others.items():
         added[f"receipt.setting.{name}"] = {"sampling": replace(drawn, **{name: value}), "stop": ()}
-    added["receipt.setting.ignore_eos"] = {"sampling": drawn, "stop": (), "ignore_eos": True}
+    for name in ("ignore_eos", "logprobs"):
+        added[f"receipt.setting.{name}"] = {"sampling": drawn, "stop": (), name: True}
     assert len(added) == 2 + len(DEFAULTS)
     for code, change in added.items():  # nobody who asks for none gets some
         committed = world.machine.intent(world.verdict, raw_request=data, **change)

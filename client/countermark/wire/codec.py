@@ -9,6 +9,7 @@ Not checked here: sampling values and prompt length (the engine knows their rang
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ GENERATE: Final = f"/{SERVICE}/Generate"
 
 CODE_KEY: Final = "countermark-code"
 """Trailing metadata: the stable code of the error that ended a call."""
-RETRY_KEY: Final = "countermark-retry-after-ms"
+RETRY_KEY: Final = "grpc-retry-pushback-ms"
+"""Trailing metadata: how long to wait before the same call, in gRPC's own words (proposal A6)."""
 _RANGES: Final = {
     FieldDescriptor.TYPE_UINT32: "0 to 4294967295",
     FieldDescriptor.TYPE_UINT64: "0 to 18446744073709551615",
@@ -120,6 +122,7 @@ def encode_generate_request(
     seed: int | None = None,
     logit_bias: Mapping[int, float] | None = None,
     ignore_eos: bool | None = None,
+    logprobs: int | None = None,
 ) -> bytes:
     """The bytes of a request under a fresh nonce. `messages`: (role, content) pairs.
 
@@ -129,7 +132,14 @@ def encode_generate_request(
     if (prompt is None) == (messages is None):
         raise RequestError("input: expected either messages or a prompt", code="request.input")
     request = pb.GenerateRequest(nonce=secrets.token_bytes(NONCE_BYTES))
-    _assign(request, model=model or None, prompt=prompt, max_tokens=max_tokens, ignore_eos=ignore_eos)
+    _assign(
+        request,
+        model=model or None,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
     try:
         if isinstance(stop, str):
             raise TypeError
@@ -198,6 +208,23 @@ def parse_response(data: bytes) -> pb.GenerateResponse:
         return pb.GenerateResponse.FromString(data)
     except DecodeError as err:
         raise FormatError("stream: expected GenerateResponse", code="stream.malformed") from err
+
+
+def logprobs(message: pb.Tokens, asked: int) -> tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...]:
+    """(id, log probability, likeliest ids with theirs) of each token, if `asked` is not 0: the request's `logprobs`.
+
+    Raises `FormatError` (`stream.malformed`): not one for each id, more likely ids than asked for, or no finite number.
+    """
+    found = tuple(
+        (token, entry.logprob, tuple((one.id, one.logprob) for one in entry.top))
+        for token, entry in zip(message.ids, message.logprobs, strict=False)
+    )
+    fits = len(message.logprobs) == (len(message.ids) if asked else 0)
+    numbers = (number for _, own, top in found for number in (own, *(one for _, one in top)))
+    if not fits or any(len(top) > asked for _, _, top in found) or not all(map(math.isfinite, numbers)):
+        text = f"stream: expected log probabilities of each token and up to {asked} more, got others"
+        raise FormatError(text, code="stream.malformed")
+    return found
 
 
 def is_code(text: str) -> bool:

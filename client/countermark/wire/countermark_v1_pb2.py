@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%countermark/wire/countermark_v1.proto\x12\x0e\x63ountermark.v1\"\x1e\n\rAttestRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\"\n\x0e\x41ttestResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\x0c\"\x14\n\x12GetEvidenceRequest\"\'\n\x13GetEvidenceResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\x0c\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.countermark.v1.Message\"\xbb\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12;\n\nlogit_bias\x18\t \x03(\x0b\x32\'.countermark.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xfa\x01\n\x0fGenerateRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.countermark.v1.ChatH\x00\x12\x10\n\x06prompt\x18\x04 \x01(\tH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12*\n\x08sampling\x18\x07 \x01(\x0b\x32\x18.countermark.v1.Sampling\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\x90\x01\n\x08\x41\x63\x63\x65pted\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x11\n\tleaf_salt\x18\x02 \x01(\x0c\x12\x13\n\x0b\x66ield_salts\x18\x03 \x01(\x0c\x12\x12\n\nleaf_index\x18\x04 \x01(\x04\x12\r\n\x05proof\x18\x05 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x06 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x07 \x03(\r\"#\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"F\n\x08\x46inished\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ield_salts\x18\x02 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x03 \x03(\x0c\"\xa1\x01\n\x10GenerateResponse\x12,\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x18.countermark.v1.AcceptedH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.countermark.v1.TokensH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.countermark.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x16\n\x14GetCheckpointRequest\"+\n\x15GetCheckpointResponse\x12\x12\n\ncheckpoint\x18\x01 \x01(\x0c\"A\n\x18GetInclusionProofRequest\x12\x12\n\nleaf_index\x18\x01 \x01(\x04\x12\x11\n\ttree_size\x18\x02 \x01(\x04\"*\n\x19GetInclusionProofResponse\x12\r\n\x05proof\x18\x01 \x03(\x0c\"@\n\x1aGetConsistencyProofRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x10\n\x08new_size\x18\x02 \x01(\x04\",\n\x1bGetConsistencyProofResponse\x12\r\n\x05proof\x18\x01 \x03(\x0c\"0\n\x10GetLeavesRequest\x12\r\n\x05start\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"#\n\x11GetLeavesResponse\x12\x0e\n\x06leaves\x18\x01 \x03(\x0c\x32\xff\x01\n\x0b\x43ountermark\x12G\n\x06\x41ttest\x12\x1d.countermark.v1.AttestRequest\x1a\x1e.countermark.v1.AttestResponse\x12V\n\x0bGetEvidence\x12\".countermark.v1.GetEvidenceRequest\x1a#.countermark.v1.GetEvidenceResponse\x12O\n\x08Generate\x12\x1f.countermark.v1.GenerateRequest\x1a .countermark.v1.GenerateResponse0\x01\x32\x8f\x03\n\x03Log\x12\\\n\rGetCheckpoint\x12$.countermark.v1.GetCheckpointRequest\x1a%.countermark.v1.GetCheckpointResponse\x12h\n\x11GetInclusionProof\x12(.countermark.v1.GetInclusionProofRequest\x1a).countermark.v1.GetInclusionProofResponse\x12n\n\x13GetConsistencyProof\x12*.countermark.v1.GetConsistencyProofRequest\x1a+.countermark.v1.GetConsistencyProofResponse\x12P\n\tGetLeaves\x12 .countermark.v1.GetLeavesRequest\x1a!.countermark.v1.GetLeavesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%countermark/wire/countermark_v1.proto\x12\x0e\x63ountermark.v1\"\x1e\n\rAttestRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"\"\n\x0e\x41ttestResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\x0c\"\x14\n\x12GetEvidenceRequest\"\'\n\x13GetEvidenceResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\x0c\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.countermark.v1.Message\"\xbb\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12;\n\nlogit_bias\x18\t \x03(\x0b\x32\'.countermark.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x9e\x02\n\x0fGenerateRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.countermark.v1.ChatH\x00\x12\x10\n\x06prompt\x18\x04 \x01(\tH\x00\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12*\n\x08sampling\x18\x07 \x01(\x0b\x32\x18.countermark.v1.Sampling\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x02\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x03\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\x90\x01\n\x08\x41\x63\x63\x65pted\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x11\n\tleaf_salt\x18\x02 \x01(\x0c\x12\x13\n\x0b\x66ield_salts\x18\x03 \x01(\x0c\x12\x12\n\nleaf_index\x18\x04 \x01(\x04\x12\r\n\x05proof\x18\x05 \x03(\x0c\x12\x12\n\ncheckpoint\x18\x06 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x07 \x03(\r\"N\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.countermark.v1.Logprob\"?\n\x07Logprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.countermark.v1.Likely\"%\n\x06Likely\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"F\n\x08\x46inished\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ield_salts\x18\x02 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x03 \x03(\x0c\"\xa1\x01\n\x10GenerateResponse\x12,\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x18.countermark.v1.AcceptedH\x00\x12(\n\x06tokens\x18\x02 \x01(\x0b\x32\x16.countermark.v1.TokensH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.countermark.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x16\n\x14GetCheckpointRequest\"+\n\x15GetCheckpointResponse\x12\x12\n\ncheckpoint\x18\x01 \x01(\x0c\"A\n\x18GetInclusionProofRequest\x12\x12\n\nleaf_index\x18\x01 \x01(\x04\x12\x11\n\ttree_size\x18\x02 \x01(\x04\"*\n\x19GetInclusionProofResponse\x12\r\n\x05proof\x18\x01 \x03(\x0c\"@\n\x1aGetConsistencyProofRequest\x12\x10\n\x08old_size\x18\x01 \x01(\x04\x12\x10\n\x08new_size\x18\x02 \x01(\x04\",\n\x1bGetConsistencyProofResponse\x12\r\n\x05proof\x18\x01 \x03(\x0c\"0\n\x10GetLeavesRequest\x12\r\n\x05start\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"#\n\x11GetLeavesResponse\x12\x0e\n\x06leaves\x18\x01 \x03(\x0c\x32\xff\x01\n\x0b\x43ountermark\x12G\n\x06\x41ttest\x12\x1d.countermark.v1.AttestRequest\x1a\x1e.countermark.v1.AttestResponse\x12V\n\x0bGetEvidence\x12\".countermark.v1.GetEvidenceRequest\x1a#.countermark.v1.GetEvidenceResponse\x12O\n\x08Generate\x12\x1f.countermark.v1.GenerateRequest\x1a .countermark.v1.GenerateResponse0\x01\x32\x8f\x03\n\x03Log\x12\\\n\rGetCheckpoint\x12$.countermark.v1.GetCheckpointRequest\x1a%.countermark.v1.GetCheckpointResponse\x12h\n\x11GetInclusionProof\x12(.countermark.v1.GetInclusionProofRequest\x1a).countermark.v1.GetInclusionProofResponse\x12n\n\x13GetConsistencyProof\x12*.countermark.v1.GetConsistencyProofRequest\x1a+.countermark.v1.GetConsistencyProofResponse\x12P\n\tGetLeaves\x12 .countermark.v1.GetLeavesRequest\x1a!.countermark.v1.GetLeavesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,33 +50,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=556
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=604
   _globals['_GENERATEREQUEST']._serialized_start=728
-  _globals['_GENERATEREQUEST']._serialized_end=978
-  _globals['_ACCEPTED']._serialized_start=981
-  _globals['_ACCEPTED']._serialized_end=1125
-  _globals['_TOKENS']._serialized_start=1127
-  _globals['_TOKENS']._serialized_end=1162
-  _globals['_FINISHED']._serialized_start=1164
-  _globals['_FINISHED']._serialized_end=1234
-  _globals['_GENERATERESPONSE']._serialized_start=1237
-  _globals['_GENERATERESPONSE']._serialized_end=1398
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1400
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1422
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1424
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1467
-  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_start=1469
-  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_end=1534
-  _globals['_GETINCLUSIONPROOFRESPONSE']._serialized_start=1536
-  _globals['_GETINCLUSIONPROOFRESPONSE']._serialized_end=1578
-  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_start=1580
-  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_end=1644
-  _globals['_GETCONSISTENCYPROOFRESPONSE']._serialized_start=1646
-  _globals['_GETCONSISTENCYPROOFRESPONSE']._serialized_end=1690
-  _globals['_GETLEAVESREQUEST']._serialized_start=1692
-  _globals['_GETLEAVESREQUEST']._serialized_end=1740
-  _globals['_GETLEAVESRESPONSE']._serialized_start=1742
-  _globals['_GETLEAVESRESPONSE']._serialized_end=1777
-  _globals['_COUNTERMARK']._serialized_start=1780
-  _globals['_COUNTERMARK']._serialized_end=2035
-  _globals['_LOG']._serialized_start=2038
-  _globals['_LOG']._serialized_end=2437
+  _globals['_GENERATEREQUEST']._serialized_end=1014
+  _globals['_ACCEPTED']._serialized_start=1017
+  _globals['_ACCEPTED']._serialized_end=1161
+  _globals['_TOKENS']._serialized_start=1163
+  _globals['_TOKENS']._serialized_end=1241
+  _globals['_LOGPROB']._serialized_start=1243
+  _globals['_LOGPROB']._serialized_end=1306
+  _globals['_LIKELY']._serialized_start=1308
+  _globals['_LIKELY']._serialized_end=1345
+  _globals['_FINISHED']._serialized_start=1347
+  _globals['_FINISHED']._serialized_end=1417
+  _globals['_GENERATERESPONSE']._serialized_start=1420
+  _globals['_GENERATERESPONSE']._serialized_end=1581
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1583
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1605
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1607
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1650
+  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_start=1652
+  _globals['_GETINCLUSIONPROOFREQUEST']._serialized_end=1717
+  _globals['_GETINCLUSIONPROOFRESPONSE']._serialized_start=1719
+  _globals['_GETINCLUSIONPROOFRESPONSE']._serialized_end=1761
+  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_start=1763
+  _globals['_GETCONSISTENCYPROOFREQUEST']._serialized_end=1827
+  _globals['_GETCONSISTENCYPROOFRESPONSE']._serialized_start=1829
+  _globals['_GETCONSISTENCYPROOFRESPONSE']._serialized_end=1873
+  _globals['_GETLEAVESREQUEST']._serialized_start=1875
+  _globals['_GETLEAVESREQUEST']._serialized_end=1923
+  _globals['_GETLEAVESRESPONSE']._serialized_start=1925
+  _globals['_GETLEAVESRESPONSE']._serialized_end=1960
+  _globals['_COUNTERMARK']._serialized_start=1963
+  _globals['_COUNTERMARK']._serialized_end=2218
+  _globals['_LOG']._serialized_start=2221
+  _globals['_LOG']._serialized_end=2620
 # @@protoc_insertion_point(module_scope)
