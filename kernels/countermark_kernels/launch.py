@@ -72,10 +72,11 @@ def forced(*, backend: str = "native", isa: str | None = None) -> Iterator[None]
             library.use_isa(before)
 
 
-def self_test() -> SelfTestReport:
+def self_test(device: torch.device = binding.CPU) -> SelfTestReport:
     """Run the known-answer tests: torch's arithmetic on its worker threads, the native library on its own.
 
-    Then every op once on the back end in use against its reference. Raises NumericsError `numerics.self_test`.
+    Then every op once on the back end in use against its reference, and again on `device` where that is a GPU.
+    Raises NumericsError `numerics.self_test`.
     """
     checks = list(ieee.self_test())
     library = binding.native()
@@ -85,6 +86,8 @@ def self_test() -> SelfTestReport:
             raise ieee.NumericsError(f"{library.isa}: expected a pass, got {failed}", code="numerics.self_test")
         checks += [f"native {library.isa}: arithmetic, exp2, int8 product on every thread"]
     checks += selftest.ops_match_references()
+    if device.type == "cuda":
+        checks += [f"{op} on {torch.cuda.get_device_name(device)}" for op in selftest.ops_match_references(device)]
     return SelfTestReport(
         backend=backend(),
         isa="torch" if library is None else library.isa,

@@ -431,7 +431,7 @@ class GraphExecutor:
         """The forward pass of a decoding step over the static inputs. -> the fields on the device."""
         count = len(inputs["tokens"])
         rows = next(x for x in ROWS if x >= count)
-        self._static_step(rows, _items(len(cut.items) + rows - count), cut.chunk, inputs, cut)
+        self._static_step(rows, _items(len(cut.items) + rows - count, rows), cut.chunk, inputs, cut)
         return self._static[: count * 2 * FIELDS].view(torch.int64).view(count, FIELDS)
 
     def _pad(self, rows: int, chunk: int, items: int) -> None:
@@ -448,7 +448,7 @@ class GraphExecutor:
             rows=0,
         )
         inputs = dict.fromkeys(("fields", "tokens", "carried", "positions", "slots"), none)
-        self._static_step(rows, _items(items), chunk, inputs, cut)
+        self._static_step(rows, _items(items, rows), chunk, inputs, cut)
 
     def _static_step(
         self, rows: int, items: int, chunk: int, inputs: dict[str, npt.NDArray[np.int32]], cut: batch.Cut
@@ -576,11 +576,16 @@ def _sizes(rows: int, items: int) -> dict[str, int]:
     }
 
 
-def _items(count: int) -> int:
-    """How many splits a graph has that serves `count`: at first powers of two, which cost nothing, then finer."""
+def _items(count: int, rows: int) -> int:
+    """How many splits a graph of `rows` tiles has that serves `count`.
+
+    One a tile is a case of its own (attention_split); else powers of two, and where splits are many a step between.
+    """
+    if count == rows:
+        return rows
     size = 4
-    while size < count:
-        if size >= 64 and size + size // 2 >= count:
+    while size < count or size == rows:
+        if size >= 64 and count <= size + size // 2 != rows:
             return size + size // 2
         size *= 2
     return size

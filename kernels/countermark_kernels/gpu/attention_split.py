@@ -23,6 +23,7 @@ from countermark_kernels.gpu import attention_steps as steps
 from countermark_kernels.gpu import flags, ieee
 from countermark_kernels.gpu.batch import Plan, Short, early
 
+STAGES = 5
 OTHERS = 16
 """Splits whose maxima are read at a time."""
 
@@ -70,9 +71,9 @@ def _score(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    which = tl.load(items + tl.program_id(0) * 2)
-    split = tl.load(items + tl.program_id(0) * 2 + 1)
-    head = tl.program_id(1)
+    item = items + tl.program_id(0) // KV_HEADS * 2
+    which, split = tl.load(item), tl.load(item + 1)
+    head = tl.program_id(0) % KV_HEADS  # heads of one block lie side by side in memory: they are read together
     tile = tiles + which * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
     if EARLY:
@@ -108,6 +109,15 @@ def _score(
 
 
 @triton.jit
+def _store(out, rows, present, x, number, divisor, g, D: tl.constexpr):
+    """o of a tile's rows from its sums."""
+    scaled = ieee.to_f32(number) * 4194304.0
+    divisor = tl.where(present, ieee.to_f32(divisor) * g, 1.0)
+    o = ieee.div(scaled, tl.broadcast_to(divisor[:, None], scaled.shape))
+    tl.store(out + rows[:, None] * D + x[None, :], o, mask=present[:, None])
+
+
+@triton.jit
 def _combine(
     s_q,
     v,
@@ -133,9 +143,9 @@ def _combine(
     OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    which = tl.load(items + tl.program_id(0) * 2)
-    split = tl.load(items + tl.program_id(0) * 2 + 1)
-    head = tl.program_id(1)
+    item = items + tl.program_id(0) // KV_HEADS * 2
+    which, split = tl.load(item), tl.load(item + 1)
+    head = tl.program_id(0) % KV_HEADS  # heads of one block lie side by side in memory: they are read together
     tile = tiles + which * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
     table = tables + tl.load(tile + 3)
@@ -178,10 +188,14 @@ def _combine(
         high = tl.dot(hi, tl.trans(values), high, out_dtype=tl.int32)
         low = tl.dot(lo, tl.trans(values), low, out_dtype=tl.int32)
     cell = r[:, None] * D + x[None, :]
+    sum_of_weights = ieee.total(total.to(tl.int64), 1)
+    if splits == 1:
+        _store(out, rows, present, x, (high * 256 + low).to(tl.int64), sum_of_weights, g, D)
+        return
     inside = (r < R)[:, None] & (x < D)[None, :]
     mine = first + split * KV_HEADS
     tl.store(partial + mine * (R * D) + cell, high * 256 + low, mask=inside)
-    tl.store(sums + mine * R + r, ieee.total(total.to(tl.int64), 1), mask=r < R)
+    tl.store(sums + mine * R + r, sum_of_weights, mask=r < R)
     tl.debug_barrier()
     if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == splits - 1:
         tl.debug_barrier()
@@ -194,11 +208,80 @@ def _combine(
                 part = tl.load(partial + at * (R * D) + cell, mask=inside & more, other=0, cache_modifier=".cg")
                 number += part.to(tl.int64)
                 divisor += tl.load(sums + at * R + r, mask=(r < R) & more, other=0, cache_modifier=".cg")
-        scaled = ieee.to_f32(number) * 4194304.0
-        divisor = tl.where(present, ieee.to_f32(divisor) * g, 1.0)
-        o = ieee.div(scaled, tl.broadcast_to(divisor[:, None], scaled.shape))
-        tl.store(out + rows[:, None] * D + x[None, :], o, mask=present[:, None])
+        _store(out, rows, present, x, number, divisor, g, D)
         tl.store(arrivals + pair, 0)
+
+
+@triton.jit
+def _whole(
+    q,
+    s_q,
+    k,
+    s_k,
+    v,
+    s_v,
+    tables,
+    tiles,
+    scores,
+    out,
+    flag,
+    c,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Both kernels in one, where every tile is a single split."""
+    number = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS
+    tile = tiles + number * 5
+    end = tl.load(tile + 2) + tl.load(tile + 1)
+    table = tables + tl.load(tile + 3)
+    if EARLY:
+        _prefetch(v, table, 0, end, head, KV_HEADS, N, D, CHUNK)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    rows, present, position = steps.rows(tile, head, GROUP, KV_HEADS, M)
+    width = (end + N - 1) // N * N
+    r = tl.arange(0, M)
+    x = tl.arange(0, D)
+    n = tl.arange(0, N)
+    queries = tl.load(q + rows[:, None] * D + x[None, :], mask=present[:, None], other=0)
+    cq = steps.query(s_q, rows, present, c)
+    line = scores + tl.program_id(0).to(tl.int64) * (CHUNK * R) + r * width
+    top = tl.full([M, N], float("-inf"), tl.float32)
+    bound = tl.full([M, N], float("-inf"), tl.float32)
+    for start in range(0, width, N):
+        page = tl.load(table + start // N).to(tl.int64) * KV_HEADS + head
+        visible = (start + n)[None, :] <= position[:, None]
+        keys = tl.load(k + page * (N * D) + n[:, None] * D + x[None, :])
+        a = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32) * tl.load(s_k + page * N + n)[None, :]
+        power = tl.broadcast_to(steps.power(tl.load(s_v + page * N + n))[None, :], a.shape)
+        raised = ieee.fma(a, tl.broadcast_to(cq[:, None], a.shape), power)
+        top = tl.maximum(top, tl.where(visible, a, float("-inf")))
+        bound = tl.maximum(bound, tl.where(visible, raised, float("-inf")))
+        tl.store(line[:, None] + (start + n)[None, :], a, mask=(r < R)[:, None])
+    largest = tl.where(present, tl.max(top, axis=1), 0.0)
+    m, floor, g = steps.reference(largest, tl.where(present, tl.max(bound, axis=1), 0.0), cq, flag, present)
+    total = tl.zeros([M, N], tl.int32)
+    high = tl.zeros([M, D], tl.int32)
+    low = tl.zeros([M, D], tl.int32)
+    tl.debug_barrier()  # a thread reads what others have stored
+    for start in range(0, width, N):
+        page = tl.load(table + start // N).to(tl.int64) * KV_HEADS + head
+        visible = (start + n)[None, :] <= position[:, None]
+        values = tl.load(v + page * (N * D) + x[:, None] * N + n[None, :])
+        a = tl.load(line[:, None] + (start + n)[None, :], mask=(r < R)[:, None], other=0.0)
+        d, hi, lo = steps.weigh(a, tl.load(s_v + page * N + n), visible, cq, m, floor, g)
+        total += d
+        high = tl.dot(hi, tl.trans(values), high, out_dtype=tl.int32)
+        low = tl.dot(lo, tl.trans(values), low, out_dtype=tl.int32)
+    sums = ieee.total(total.to(tl.int64), 1)
+    _store(out, rows, present, x, (high * 256 + low).to(tl.int64), sums, g, D)
 
 
 def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out: Tensor) -> None:
@@ -208,16 +291,20 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out
     items = short.items.shape[0]
     parts = items * pool.kv_heads * short.rows
     scores = torch.empty(parts * short.chunk, device=device)
-    maxima = torch.empty(2 * parts, device=device)
-    partial = torch.empty(parts * head_dim, dtype=torch.int32, device=device)
-    sums = torch.empty(parts, dtype=torch.int64, device=device)
-    grid = (items, pool.kv_heads)
     shape = {"GROUP": batch.heads // pool.kv_heads, "KV_HEADS": pool.kv_heads, "D": head_dim, "N": BLOCK}
     shape |= {"R": short.rows, "M": max(16, triton.next_power_of_2(short.rows)), "CHUNK": short.chunk}
     overlap = early(device)
-    options = {"EARLY": overlap, "launch_pdl": overlap, "num_warps": 4, "num_stages": 5, **ieee.EXACT}
-    found = (batch.tables, short.tiles, short.items, scores, maxima)
+    options = {"EARLY": overlap, "launch_pdl": overlap, "num_warps": 4, "num_stages": STAGES, **ieee.EXACT}
+    grid = (items * pool.kv_heads,)
+    flag = flags.word(device)
     c = specified.SCORE_CONSTANTS[head_dim]
+    if items == short.tiles.shape[0]:
+        _whole[grid](q, s_q, k, s_k, v, s_v, batch.tables, short.tiles, scores, out, flag, c, **shape, **options)
+        return
+    maxima = torch.empty(2 * parts, device=device)
+    partial = torch.empty(parts * head_dim, dtype=torch.int32, device=device)
+    sums = torch.empty(parts, dtype=torch.int64, device=device)
+    found = (batch.tables, short.tiles, short.items, scores, maxima)
     _score[grid](q, s_q, k, s_k, s_v, *found, c, **shape, **options)
-    results = (partial, sums, short.arrivals, out, flags.word(device))
+    results = (partial, sums, short.arrivals, out, flag)
     _combine[grid](s_q, v, s_v, *found, *results, c, **shape, OTHERS=OTHERS, **options)

@@ -149,7 +149,10 @@ def test_no_memory(model: There, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sizes_of_graphs() -> None:
     """Every number of splits fits its graph, with little to spare where they are many."""
-    for count in range(1, 5000):
-        size = graphs._items(count)
-        assert size >= count
-        assert size <= max(4, 2 * count) if count < 64 else size * 2 <= 3 * count + 2
+    for rows in graphs.ROWS:
+        assert graphs._items(rows, rows) == rows
+        for count in range(rows + 1, 3000):
+            size = graphs._items(count, rows)
+            assert size >= count
+            assert size != rows
+            assert size <= max(8, 2 * count) if count < 64 else size * 2 <= 3 * count + 2

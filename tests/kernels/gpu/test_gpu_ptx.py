@@ -55,6 +55,7 @@ json.dump({
     "attention prefill": ptx(attention._prefill, batch, shape | {"M": 64}),
     "attention score": ptx(attention_split._score, batch, part),
     "attention combine": ptx(attention_split._combine, batch, part | {"OTHERS": 16}),
+    "attention whole": ptx(attention_split._whole, batch, part),
     "attention hopper": ptx(attention_hopper.prefill, batch | copied, hopper, GluonASTSource),
     "quantise": ptx(quantise._kernel, row, {"BLOCK": 128}),
     "norm": ptx(norm._kernel, row | {"eps": "fp32"}, {"BLOCK": 128}),
