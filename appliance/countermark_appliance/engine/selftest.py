@@ -31,7 +31,7 @@ def require_device(device: str) -> None:
 def self_test(model: Model) -> bytes:
     """SHA-256 over the fingerprints of the fixed prompt. Raises `VerificationError` (`engine.self_test`)."""
     try:
-        launch.self_test()
+        launch.self_test(model.device)
         length = min(LENGTH, model.context)
         prompt = [(i * 7919 + 13) % model.vocab for i in range(length)]
         whole = _in_one(model, prompt)
