@@ -30,6 +30,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -126,8 +127,8 @@ def measure(path: str, parts: Sequence[str], args: argparse.Namespace, book: Boo
             found = running.part(part)
         except Exception as err:  # noqa: BLE001  reported, and the others go on
             book.failed(path, part, traceback.format_exc())
-            if isinstance(err, Stuck):
-                return
+            if isinstance(err, Stuck):  # nor would this process end in peace
+                os._exit(1)
             continue
         if found is not None:
             seconds = time.perf_counter() - begun
@@ -166,6 +167,7 @@ class Book:
                 say(f"{file}: has another {', '.join(other)}: begun anew")
             else:
                 self.result["found"], self.result["failed"] = before["found"], before["failed"]
+        self._limit()
 
     def begin(self, path: str, part: str) -> None:
         """Forget what an earlier run said of it."""
@@ -182,11 +184,13 @@ class Book:
         self.write()
 
     def write(self) -> None:
-        machine = self.result["found"].get("machine", {}).get("limits")
-        if machine:
-            self.result["limits"] = limits(self._shape, self._size, machine)
+        self._limit()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def _limit(self) -> None:
+        machine = self.result["found"].get("machine", {}).get("limits")
+        self.result["limits"] = limits(self._shape, self._size, machine) if machine else {}
 
 
 def _device(device: str) -> dict[str, str]:
@@ -230,12 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device, *own, "--here"]
             try:
                 code = subprocess.run(command, check=False, timeout=PATH_S, stdout=subprocess.DEVNULL).returncode
-                ended = "" if code in {0, 1} else f"exit code {code}"
+                ended = f"exit code {code}" if code else ""
             except subprocess.TimeoutExpired:
                 ended = f"not done after {PATH_S} s"
-            if ended:
-                Book(args.out, args, fresh=False).failed(path, "process", ended)
-        book = Book(args.out, args, fresh=False)
+            book = Book(args.out, args, fresh=False)
+            if ended and not any(what.startswith(f"{path} ") for what in book.result["failed"]):
+                book.failed(path, "process", ended)
     print(readme_tables.engine_table(book.result))
     for what in book.result["failed"]:
         say(f"failed: {what}")
