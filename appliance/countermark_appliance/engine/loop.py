@@ -220,8 +220,8 @@ class Loop:
         """The end of a sequence, unless it is only that its piece of prompt is too large for the memory."""
         if isinstance(err, MemoryError) and work.count > BLOCK:
             middle, sequence = (work.start + work.end) // 2, work.sequence
-            self._alone(Work(sequence=sequence, start=work.start, end=middle, samples=False))
-            self._alone(Work(sequence=sequence, start=middle, end=work.end, samples=work.samples))
+            self._alone(Work(sequence, work.start, middle, samples=False))
+            self._alone(Work(sequence, middle, work.end, samples=work.samples))
         else:
             work.sequence.finish(Finish.ERROR, describe(err))
 

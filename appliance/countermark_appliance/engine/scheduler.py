@@ -24,7 +24,7 @@ from countermark_appliance.engine.sequence import Sequence
 from countermark_kernels.cache import BLOCK, KvCache
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, eq=False)  # not frozen: one is made for every token, and that would double what it costs
 class Work:
     """The tokens of a sequence at `start`..`end`; `samples` if they complete what is known of it."""
 
@@ -102,22 +102,24 @@ class Scheduler:
         """
         self._admit()
         works: list[Work] = []
+        prompts = False
         for sequence in tuple(self._running):
-            if sequence.pending == 1 and sequence.cache is not None and not sequence.done:
-                if not self._make_room(sequence):
+            pending, start = sequence.pending, sequence.computed
+            if pending == 1 and sequence.cache is not None and not sequence.done:
+                if start >= sequence.cache.capacity and not self._make_room(sequence):
                     return []
                 if sequence.cache is not None and not sequence.done:
-                    works.append(
-                        Work(sequence=sequence, start=sequence.computed, end=sequence.computed + 1, samples=True)
-                    )
+                    works.append(Work(sequence, start, start + 1, samples=True))
+            prompts |= pending > 1
+        if not prompts:
+            return works
         budget = self._mixed_step_tokens if works else self._step_tokens
         for sequence in self._running:
-            if sequence.pending <= 1 or sequence.done or budget <= 0:
-                continue
-            count = min(sequence.pending, budget)
-            start, samples = sequence.computed, count == sequence.pending
-            works.append(Work(sequence=sequence, start=start, end=start + count, samples=samples))
-            budget -= count
+            pending, start = sequence.pending, sequence.computed
+            if pending > 1 and budget > 0 and not sequence.done:
+                end = start + min(pending, budget)
+                works.append(Work(sequence, start, end, samples=end == start + pending))
+                budget -= end - start
         return works
 
     def started(self, works: Seq[Work]) -> None:

@@ -56,6 +56,8 @@ class TextStream:
     def __init__(self, stop: Sequence[str]) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._stop = tuple(stop)
+        self._longest = max(map(len, stop), default=0)
+        self._firsts = frozenset(text[0] for text in stop)
         self._held = ""
         self.stopped = False
 
@@ -66,6 +68,8 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += self._decode(data)
+        if self._firsts.isdisjoint(self._held):  # most tokens: no stop string is or begins in it
+            return self._release(len(self._held))
         return self._before_stop() if self._stop_found() else self._release(len(self._held) - self._undecided())
 
     def finish(self) -> str:
@@ -91,7 +95,7 @@ class TextStream:
 
     def _undecided(self) -> int:
         """Length of the longest tail that a stop string starts with."""
-        longest = min(len(self._held), max(map(len, self._stop)) - 1)
+        longest = min(len(self._held), self._longest - 1)
         for length in range(longest, 0, -1):
             tail = self._held[-length:]
             if any(stop.startswith(tail) for stop in self._stop):
