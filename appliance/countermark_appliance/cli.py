@@ -1,4 +1,4 @@
-"""countermark-appliance: serve, build and verify weights, make a simulated machine. Argparse and printing; no logic.
+"""countermark-appliance: serve, build and verify weights, self-test, make a simulated machine; no logic.
 
 Results go to stdout as one JSON object, progress and log lines to stderr. Exit codes are those of `countermark`.
 """
@@ -6,6 +6,7 @@ Results go to stdout as one JSON object, progress and log lines to stderr. Exit 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import re
@@ -15,12 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
 
-from countermark.errors import CountermarkError, UsageError
+from countermark.errors import CountermarkError, UsageError, VerificationError
+from countermark.files import write_file
+
+if TYPE_CHECKING:
+    from countermark_appliance.engine.determinism import Case
 
 _ERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -78,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--root", type=_digest, help="the dm-verity root it must have (64 hex digits)")
     verify.set_defaults(run=_weights_verify)
 
+    test = commands.add_parser("selftest", help="does this machine compute the profile, and the same whatever happens?")
+    test.add_argument("--weights", type=Path, required=True, help="the weights artefact's directory")
+    test.add_argument("--full", action="store_true", help="the determinism suite: minutes, and a report")
+    test.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run it (default: cpu)")
+    test.add_argument("--runs", type=_count, help="--full: how often the one prompt is run (default: 1000)")
+    test.add_argument("--cases", help="--full: only these, separated by commas")
+    test.add_argument("--report", type=Path, help="--full: write the report to this file, as JSON")
+    test.add_argument("--json", action="store_true", help="--full: the whole report on stdout, not its summary")
+    test.set_defaults(run=_selftest)
+
     sim = commands.add_parser("sim", help="simulated machines").add_subparsers(required=True, metavar="ACTION")
     new = sim.add_parser("new", help="make a simulated machine and publish its measurements (SIMULATED, no hardware)")
     new.add_argument("dir", type=Path, help="directory to make; must not exist")
@@ -118,6 +135,77 @@ def _weights_verify(args: argparse.Namespace) -> dict[str, object]:
     return {"dir": str(args.dir), "weights_root": verified.weights_root.hex(), "verified": True}
 
 
+def _selftest(args: argparse.Namespace) -> dict[str, object] | None:
+    if args.full:
+        _selftest_full(args)
+        return None
+    given = [name for name in ("runs", "cases", "report", "json") if getattr(args, name)]
+    if given:
+        raise UsageError(f"--{given[0]}: expected --full beside it, got none", code="usage.full")
+    with _progress() as report:
+        report(0, 0, "testing")
+        from countermark_appliance.engine import selftest, weights  # noqa: PLC0415
+        from countermark_appliance.engine.model import Model  # noqa: PLC0415
+        from countermark_kernels import kernel_digest, launch  # noqa: PLC0415
+
+        selftest.require_device(args.device)
+        artefact = weights.load(args.weights, verify=True)
+        digest = selftest.self_test(Model(artefact, args.device))
+    return {
+        "selftest": "pass",
+        "profile": artefact.config.profile,
+        "kernel_digest": kernel_digest().hex(),
+        "weights_root": artefact.weights_root.hex(),
+        "device": args.device,
+        "backend": launch.backend(),
+        "checks": list(launch.self_test().checks),
+        "self_test": digest.hex(),
+    }
+
+
+def _selftest_full(args: argparse.Namespace) -> None:
+    from countermark_appliance.engine import determinism, weights  # noqa: PLC0415
+    from countermark_appliance.engine.conditions import Scale  # noqa: PLC0415
+
+    def on_case(name: str, case: determinism.Case | None) -> None:
+        _ERR.print(
+            f"{name}: running" if case is None else f"{name}: {case.status} in {case.seconds:.0f} s", style="dim"
+        )
+
+    report = determinism.run_suite(
+        functools.partial(weights.load, args.weights, verify=True),
+        device=args.device,
+        scale=Scale.full(args.device, **({} if args.runs is None else {"runs": args.runs})),
+        cases=args.cases.split(",") if args.cases else (),
+        on_case=on_case,
+    )
+    _show_cases(report.cases)
+    body = report.as_json()
+    if args.report:
+        write_file(args.report, json.dumps(body, indent=1).encode() + b"\n")
+    brief = {"passed": report.passed, "cases": {case.name: case.status.value for case in report.cases}}
+    print(json.dumps(body if args.json else brief))
+    if not report.passed:
+        raise VerificationError("self-test: expected every case to pass, got others", code="selftest.failed")
+
+
+def _show_cases(cases: Sequence[Case]) -> None:
+    styles = {"PASS": "green", "FAIL": "bold red", "SKIP": "yellow"}
+    table = Table("case", "status", "runs", "questions", "distinct", "digest", "seconds", box=None)
+    for case in cases:
+        status = Text(case.status.value, style=styles[case.status.value])
+        numbers = (str(case.runs), str(case.questions), str(case.distinct)) if case.runs else ("", "", "")
+        table.add_row(case.name, status, *numbers, case.digest[:16], f"{case.seconds:.1f}")
+    _ERR.print(table)
+    for case in cases:
+        if case.reason:
+            _ERR.print(f"{case.name}: {case.reason}", markup=False)
+        if (at := case.difference) is not None:
+            logit = "" if at.logit is None else f", logit {at.logit}"
+            where = f"question {at.question}, position {at.position}{logit}, in a step of {at.rows_in_step} rows"
+            _ERR.print(f"    {where}: expected {at.expected}, got {at.got}", markup=False)
+
+
 def _sim_new(args: argparse.Namespace) -> dict[str, object]:
     import hashlib  # noqa: PLC0415
 
@@ -133,6 +221,12 @@ def _sim_new(args: argparse.Namespace) -> dict[str, object]:
         "rim_root": hashlib.sha256(state.rim_root_der).hexdigest(),
         "signers": [digest.hex() for digest in state.signer_digests],
     }
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,6}", text):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return int(text)
 
 
 def _digest(text: str) -> bytes:
