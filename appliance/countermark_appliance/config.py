@@ -19,6 +19,7 @@ from countermark.errors import ConfigError
 from countermark.formats.schema import MAX_TEXT
 
 MAX_BYTES = 64 * 1024
+DEVICES = ("cpu", "cuda")
 _OPERATOR = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 _HEX32 = re.compile(r"[0-9a-f]{64}")
 
@@ -37,6 +38,7 @@ class Config:
     weights_root: bytes  # the dm-verity root hash the weights must have
     log_dir: Path
     threads: int  # 0: one for each core
+    device: str  # cpu | cuda: what computes; no bit depends on it
     max_sequences: int
     max_waiting: int
     deployer_id: str | None
@@ -49,7 +51,7 @@ _SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "platform": {"name": (str, ...), "state": (str, None)},
     "weights": {"dir": (str, ...), "root": (str, ...)},
     "log": {"dir": (str, ...)},
-    "engine": {"threads": (int, 0), "max_sequences": (int, 16), "max_waiting": (int, 64)},
+    "engine": {"threads": (int, 0), "device": (str, "cpu"), "max_sequences": (int, 16), "max_waiting": (int, 64)},
     "record": {"deployer_id": (str, None), "retention_until": (str, None)},
 }
 _KINDS = {str: "a string", int: "an integer"}
@@ -84,6 +86,10 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         raise ConfigError(
             f"weights.root: expected 64 lower-case hex digits, got {values['root']!r:.70}", code="config.value"
         )
+    if values["device"] not in DEVICES:
+        raise ConfigError(
+            f"engine.device: expected {' or '.join(DEVICES)}, got {values['device']!r:.70}", code="config.value"
+        )
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
             raise ConfigError(f"engine.{name}: expected {low} to {high}, got {values[name]}", code="config.value")
@@ -98,6 +104,7 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         weights_root=bytes.fromhex(values["root"]),
         log_dir=base / values["log.dir"],
         threads=values["threads"],
+        device=values["device"],
         max_sequences=values["max_sequences"],
         max_waiting=values["max_waiting"],
         deployer_id=values["deployer_id"],

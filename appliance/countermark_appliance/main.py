@@ -75,6 +75,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
     engine = Engine(
         artefact,
         threads=config.threads,
+        device=config.device,
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
         on_failure=stop.set,
@@ -156,7 +157,7 @@ def _service(
 
 
 def _stack(config: Config, platform: Platform, info: EngineInfo) -> Stack:
-    """What every INTENT of this boot says of the node. GPU fields are empty: this engine computes on the CPU."""
+    """What every INTENT of this boot says of the node. GPU fields are empty where the engine computes on the CPU."""
     return Stack(
         platform=platform.name.value,
         image_id=platform.image_id,
@@ -173,11 +174,11 @@ def _stack(config: Config, platform: Platform, info: EngineInfo) -> Stack:
         engine=info.engine_version,
         backend=info.backend,
         torch=info.torch_version,
-        triton=None,
-        cuda=None,
-        driver=None,
+        triton=info.triton_version,
+        cuda=info.cuda_version,
+        driver=info.driver_version,
         vbios=None,
-        gpus=(),
+        gpus=info.gpus,
         cpu=info.cpu_model,
         determinism=EXACT_TIER,
         claims=EXACT_CLAIMS,

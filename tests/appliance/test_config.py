@@ -34,7 +34,7 @@ def test_paths_are_relative_to_the_file_and_defaults_resolved(tmp_path: Path) ->
     assert config.weights_dir == tmp_path.resolve() / "weights"
     assert config.platform_state == tmp_path.resolve() / "sim"
     assert config.weights_root == bytes.fromhex("aa55" * 16)
-    assert (config.threads, config.max_sequences, config.deployer_id) == (2, 16, None)
+    assert (config.threads, config.device, config.max_sequences, config.deployer_id) == (2, "cpu", 16, None)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,8 @@ def test_paths_are_relative_to_the_file_and_defaults_resolved(tmp_path: Path) ->
         (b"threads = 2", b'threads = "2"', "config.value"),
         (b"threads = 2", b"threads = true", "config.value"),
         (b"threads = 2", b"threads = -1", "config.value"),
+        (b"threads = 2", b'device = "gpu"', "config.value"),
+        (b"threads = 2", b"device = 1", "config.value"),
         (b"aa55", b"zz", "config.value"),
         (b":9000", b":90000", "config.address"),
         (b":9000", b"", "config.address"),

@@ -11,7 +11,7 @@ import torch
 from driver import Answer, run, start
 from tinymodel import TinyArtefact
 
-from countermark.errors import RequestError, Unavailable
+from countermark.errors import RequestError, Unavailable, Undecidable
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.executor import HostExecutor
 from countermark_appliance.engine.model import Chunk, Model
@@ -215,3 +215,12 @@ def test_info_comes_from_the_artefact(engine: Engine) -> None:
     assert (info.profile, info.model, info.context) == (PROFILE, "tiny-llama", 512)
     assert len(info.kernel_digest) == 32
     assert info.cpu_model
+    assert info.backend in ("native", "torch")
+    assert (info.triton_version, info.cuda_version, info.driver_version, info.gpus) == (None, None, None, ())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said_before_anything_is_loaded() -> None:
+    with pytest.raises(Undecidable) as err:
+        Engine(TinyArtefact(), threads=1, device="cuda")
+    assert err.value.code == "engine.device"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -26,7 +27,7 @@ from countermark_appliance.engine.places import Places
 from countermark_appliance.engine.request import Handle, Place, Prepared, Request, Sink
 from countermark_appliance.engine.sampling import resolve_logprobs, resolve_sampling
 from countermark_appliance.engine.scheduler import Scheduler
-from countermark_appliance.engine.selftest import self_test
+from countermark_appliance.engine.selftest import require_device, self_test
 from countermark_appliance.engine.sequence import Sequence
 from countermark_appliance.engine.tokenizer import Tokenizer
 from countermark_appliance.engine.weights import Artefact
@@ -60,9 +61,23 @@ class EngineInfo:
     engine_version: str
     torch_version: str
     cpu_model: str
-    backend: str
+    backend: str  # native or torch on a CPU, triton on a GPU
+    triton_version: str | None  # these three, and `gpus`: None and empty where no GPU computes
+    cuda_version: str | None
+    driver_version: str | None
+    gpus: tuple[str, ...]
     threads: int
     self_test: str  # hex of what the warm-up computed; equal wherever profile and weights are equal
+
+
+class _Device(TypedDict):
+    """The part of `EngineInfo` that is read from the device."""
+
+    backend: str
+    triton_version: str | None
+    cuda_version: str | None
+    driver_version: str | None
+    gpus: tuple[str, ...]
 
 
 class Engine:
@@ -88,8 +103,10 @@ class Engine:
         result depends on any of them. `on_failure`: called once if the thread ever fails, which ends every request with
         `error`; see `failed`.
 
-        Raises `FormatError` (tokenizer, template), `VerificationError` (`engine.self_test`) or MemoryError.
+        Raises `FormatError` (tokenizer, template), `VerificationError` (`engine.self_test`), `Undecidable`
+        (`engine.device`) or MemoryError.
         """
+        require_device(device)
         threads = threads or len(os.sched_getaffinity(0))
         launch.set_threads(threads)
         config = artefact.config
@@ -116,7 +133,7 @@ class Engine:
             engine_version=engine_version(),
             torch_version=torch.__version__,
             cpu_model=cpu_model(),
-            backend=launch.backend(),
+            **_computes_on(self._model.device),
             threads=threads,
             self_test=digest.hex(),
         )
@@ -225,6 +242,19 @@ def _pool_blocks(model: Model, sequences: int, step_tokens: int) -> int:
     tokens = max(model.context, sequences * min(model.context, POOL_CONTEXT))
     room = available_bytes() // 4
     return 1 + max(1, min((tokens + BLOCK - 1) // BLOCK, room // model.block_bytes))
+
+
+def _computes_on(device: torch.device) -> _Device:
+    if device.type == "cpu":
+        return _Device(backend=launch.backend(), triton_version=None, cuda_version=None, driver_version=None, gpus=())
+    driver = Path("/sys/module/nvidia/version")
+    return _Device(
+        backend="triton",
+        triton_version=importlib.metadata.version("triton"),
+        cuda_version=torch.version.cuda,
+        driver_version=driver.read_text(encoding="ascii").strip() if driver.exists() else None,
+        gpus=(torch.cuda.get_device_name(device),),
+    )
 
 
 def engine_version() -> str:
