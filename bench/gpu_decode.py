@@ -1,6 +1,7 @@
 """Decoding steps of Qwen3-8B's shapes through the executor of a GPU: milliseconds, and where they go.
 
     python bench/gpu_decode.py [FILE [WAIT]]     timing begins when the file WAIT exists, after all kernels are compiled
+    python bench/gpu_decode.py targets           steps by what batch.TARGET is (programs wanted of a split of attention)
 
 Weights are generated on the device (generated.py). For each number of rows: a step as the engine sees it, one in
 flight; what the host spends in it; the graph alone; sampler, fingerprint and results alone; and kernels by name. The
@@ -9,6 +10,7 @@ caches hold what prompts of 256 random tokens left there. One run says little: c
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -25,6 +27,7 @@ from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.step import Part, Row
 from countermark_kernels import fingerprint, ieee
 from countermark_kernels.cache import KvCache
+from countermark_kernels.gpu import batch as batching
 from countermark_kernels.gpu import flags, sampler
 from countermark_kernels.sampler import SamplerParams, cuda_settings
 from generated import QWEN3_8B, artefact
@@ -129,6 +132,26 @@ def kernels(work: Callable[[], object], count: int = 3) -> dict[str, tuple[int, 
     return dict(sorted(found.items(), key=lambda item: -item[1][1])[:14])
 
 
+def targets(model: Model) -> None:
+    """Decoding steps for several values of batch.TARGET and contexts, each with graphs of its own."""
+    for target in (128, 256, 512, 1024, 2048):
+        batching.TARGET = target
+        executor = GraphExecutor(model, warm=False)
+        for count, steps in ((1, 24), (16, 24), (64, 24), (256, 16)):
+            batch = Batch(executor, model, count, KINDS["greedy"])
+            batch.run(4)
+            step = batch.run(steps)
+            keys = [key for key in executor._graphs if key[0] == count]
+            print(
+                f"target {target} rows {count} context {batch.length}: {step * 1e3:.3f} ms, graphs {keys}", flush=True
+            )
+            batch.close(model)
+        executor.close()
+        del executor, batch
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     device = torch.device("cuda", 0)
     begun = time.perf_counter()
@@ -141,6 +164,9 @@ def main() -> None:
     blocks = plan_memory(model)
     say(f"plan_memory: {blocks} blocks, {blocks * model.block_bytes >> 20} MiB")
     model.size_pool(blocks)
+    if sys.argv[1:] == ["targets"]:
+        targets(model)
+        return
     executor = GraphExecutor(model, warm=False)
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "blocks": blocks, "steps": {}}
     for count in BATCHES:

@@ -232,7 +232,7 @@ def cuda_adjustments(params: Sequence[SamplerParams], histories: Sequence[Histor
             seen, times = seen[:0], times[:0]
         biased = torch.tensor(sorted(p.logit_bias), dtype=torch.int64)
         bias = torch.tensor([p.logit_bias[i] for i in biased.tolist()], dtype=torch.float32)
-        ids = torch.cat((biased, seen)).unique()
+        ids = torch.unique(torch.cat((biased, seen)))
         _check_ids(ids, vocab)
         entries = torch.zeros(6, len(ids), dtype=torch.int32)
         entries[0], entries[1] = row, ids

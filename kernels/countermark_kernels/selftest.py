@@ -70,9 +70,9 @@ def _rope(device: torch.device) -> bool:
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64, "eps": _EPS}
     gains = {"q_gain": pattern(64, seed=11), "k_gain": pattern(64, seed=12)}
     want = rope.reference(qkv, positions, angle, -angle, **shape, **gains)  # type: ignore[arg-type]
-    there = [x.to(device) for x in (qkv, positions, angle, -angle)]
+    cos, sin = angle.to(device), -angle.to(device)
     moved = {name: x.to(device) for name, x in gains.items()}
-    got = rope.rope_quantise(*there, **shape, **moved)  # type: ignore[arg-type]
+    got = rope.rope_quantise(qkv.to(device), positions.to(device), cos, sin, **shape, **moved)  # type: ignore[arg-type]
     names = ("q", "s_q", "k", "s_k", "v", "s_v")
     return all(torch.equal(getattr(got, name).cpu(), getattr(want, name)) for name in names)
 

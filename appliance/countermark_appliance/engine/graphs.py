@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,12 +38,14 @@ _log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 WARM_CONTEXTS = (256, 1024, 4096)
-ITEMS_MAX = 1 << 14
+ITEMS_MAX = 1 << 12
 TABLES_MAX = 1 << 18
 """A step of more splits or blocks than these runs without a graph; it takes long enough."""
+GRAPHS_MAX = 128
+"""Graphs kept, of about 11 MiB each for 36 layers (H100, 2026-11-22); the one unused for longest goes first."""
 STEP_TOKENS = 8192
-MARGIN_BYTES = 3 << 29
-"""Left free beside the pool: graphs, penalties' counts, what the driver takes."""
+MARGIN_BYTES = 5 << 29
+"""Left free beside the pool: graphs and what they compute in, penalties' counts, what the driver takes."""
 RECORDS_MAX = 4096
 FIELDS = sampler.FIELDS.value
 POSITION, COUNTS, BIAS = sampler.POSITION.value, sampler.COUNTS.value, sampler.BIAS.value
@@ -72,6 +74,7 @@ def plan_memory(model: Loaded, *, step_tokens: int = STEP_TOKENS, max_rows: int 
     device, stack = model.device, model.decoder
     kv_heads, head_dim, layers = stack.kv_heads, stack.head_dim, len(stack.layers)
     step_tokens = min(step_tokens, stack.cos.shape[0])
+    max_rows = max(max_rows, ROWS[-1])  # make_executor's
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -282,6 +285,7 @@ class GraphExecutor:
         self._drawn = 0
         self._word = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._recorded = self._device.type == "cuda"
+        self._padded = True
         with self._running():
             self._scratch = sampler.Scratch(max_rows, model.vocab, self._device)
             self._logits = torch.zeros(max_rows, model.vocab, device=self._device)
@@ -327,7 +331,7 @@ class GraphExecutor:
                 if wrong is not None:
                     _log.warning("graphs: not used, because token 0 alone leaves the range of values (%s)", wrong.code)
                     self._word.zero_()
-                    self._recorded = False
+                    self._padded = False
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -388,7 +392,7 @@ class GraphExecutor:
             raise ValueError(f"tokens: expected ids under {self._model.vocab}, got others")
         single = len(wanted) == len(runs) == len(tokens) and 0 < len(tokens) <= ROWS[-1]
         fits = len(cut.items) + ROWS[-1] <= ITEMS_MAX and len(cut.tables) < TABLES_MAX
-        if single and fits and len(cut.short) == len(tokens):
+        if single and fits and self._padded and len(cut.short) == len(tokens):
             fields = self._decode(inputs, cut)
         else:
             fields = self._mixed(inputs, cut, np.array(wanted, dtype=np.int32))
@@ -483,15 +487,17 @@ class GraphExecutor:
         words[end : end + tables] = cut.tables
         words[end + tables] = 0
         self._static[: len(words)].copy_(host, non_blocking=True)
-        found = self._graphs.get((rows, items, chunk))
-        if found is None:
-            found = self._graphs[rows, items, chunk] = self._prepared(rows, items, chunk)
+        found = self._graphs.pop((rows, items, chunk), None) or self._prepared(rows, items, chunk)
+        self._graphs[rows, items, chunk] = found  # now the last to go
         if found.graph is not None:
             found.graph.replay()
             return
         self._forward(found)
         if self._recorded:
-            found.graph = self._record_graph(found)
+            if len(self._graphs) > GRAPHS_MAX:
+                del self._graphs[next(iter(self._graphs))]
+            with suppress(torch.OutOfMemoryError):  # the step is under way; its next one may find room for a graph
+                found.graph = self._record_graph(found)
 
     def _prepared(self, rows: int, items: int, chunk: int) -> _Graph:
         sizes = _sizes(rows, items)
