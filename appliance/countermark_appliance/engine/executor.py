@@ -7,7 +7,9 @@ executor: what a step holds and who computes it is free.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
 from countermark_appliance.engine.draw import draw
@@ -55,8 +57,10 @@ class HostExecutor:
 
     def start(self, parts: Sequence[Part]) -> Ticket:
         """Compute a step; `wait` says what came of it."""
+        on_gpu = self._model.device.type == "cuda"
         try:
-            return _Done(self._compute(parts))
+            with torch.cuda.device(self._model.device) if on_gpu else nullcontext():
+                return _Done(self._compute(parts))
         except (NumericsError, MemoryError) as err:
             return _Done(err)
 

@@ -283,6 +283,7 @@ class GraphExecutor:
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._records: dict[int, tuple[SamplerParams, bytes]] = {}
         self._drawn = 0
+        self._passing: list[object] = []  # keys of rows that have none of their own, for one step
         self._word = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._recorded = self._device.type == "cuda"
         self._padded = True
@@ -301,8 +302,12 @@ class GraphExecutor:
 
     def start(self, parts: Sequence[Part]) -> _Running:
         """See `step.Executor`."""
-        with self._running():
-            return self._start(parts)
+        try:
+            with self._running():
+                return self._start(parts)
+        finally:
+            while self._passing:
+                self._states.forget(self._passing.pop())
 
     def forget(self, key: object) -> None:
         """See `step.Executor`. Safe while a step is under way: what reuses the memory comes behind it."""
@@ -356,7 +361,6 @@ class GraphExecutor:
         rows: list[Row] = []
         runs: list[tuple[KvCache, int, int]] = []
         places: list[tuple[int, int, int]] = []
-        passing: list[object] = []
         for part in parts:
             count = len(part.tokens)
             tokens += part.tokens
@@ -371,9 +375,10 @@ class GraphExecutor:
             row = part.row
             if row is not None:
                 if row.penalised or row.params.logit_bias:
-                    key = object() if row.key is None else row.key
-                    if row.key is None:
-                        passing.append(key)
+                    key = row.key
+                    if key is None:
+                        key = object()
+                        self._passing.append(key)
                     counts, bias = self._states.places(key, part, row, self._scratch.results)
                     places.append((len(rows), counts, bias))
                 wanted.append(len(tokens) - 1)
@@ -398,8 +403,6 @@ class GraphExecutor:
             fields = self._mixed(inputs, cut, np.array(wanted, dtype=np.int32))
         ticket = self._draw(rows, fields, stateful=bool(places))
         self._drawn = len(rows)
-        for key in passing:
-            self._states.forget(key)
         return ticket
 
     def _fields(self, rows: Sequence[Row], places: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.int32]:

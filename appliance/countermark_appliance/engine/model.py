@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,7 @@ class Model:
         if self._pool is not None:
             raise ValueError("size_pool: expected no pool yet, got a second call")
         c = self._config
-        with _memory_errors():
+        with _computing(self.device):
             pool = Pool(layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim, blocks=blocks, device=self.device)
         self._pool = pool, Blocks(blocks)
 
@@ -186,13 +186,13 @@ class Model:
             ids += chunk.tokens
             spans.append(Span(cache=chunk.cache, start=start, end=len(ids), position=chunk.start))
             rows += range(len(ids) - chunk.logits, len(ids))
-        with _memory_errors():
+        with _computing(self.device):
             x = self.decoder.forward(self.embed[self._indices(ids)], spans)
             return x[self._indices(rows)] if len(rows) < len(ids) else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over some rows of `hidden`: [rows, vocab] f32."""
-        with _memory_errors():
+        with _computing(self.device):
             rows = hidden.shape[0]
             logits = self.decoder.logits(hidden) if rows else torch.empty(0, self.vocab, device=self.device)
             if logits.is_cuda:
@@ -213,10 +213,11 @@ def available_bytes() -> int:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
-    """torch's ways to say that there is no memory become MemoryError."""
+def _computing(device: torch.device) -> Iterator[None]:
+    """Kernels are launched on `device`, and torch's ways to say that there is no memory become MemoryError."""
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     except RuntimeError as err:  # torch.OutOfMemoryError is one
         if isinstance(err, torch.OutOfMemoryError) or any(words in str(err) for words in _OUT_OF_MEMORY):
             raise MemoryError(f"model: expected memory for the step, got {err!s:.200}") from err
