@@ -11,8 +11,9 @@ from gpu_cases import CUDA, DEVICE
 from kernel_cases import floats
 from torch import Tensor
 
-from countermark_kernels import ieee, sampler
+from countermark_kernels import fingerprint, ieee, logprobs, sampler
 from countermark_kernels.gpu import flags
+from countermark_kernels.gpu import logprobs as gpu_logprobs
 from countermark_kernels.gpu import sampler as gpu_sampler
 from countermark_kernels.sampler import History, SamplerParams
 
@@ -129,6 +130,54 @@ def test_bias_and_penalties() -> None:
     assert gpu_sampler.adjust(logits, entries, settings[2:3]) is logits
     with pytest.raises(ValueError, match="ids"):
         sampler.cuda_adjustments(params[:1], [History(output=(50,))], 50)
+
+
+def test_a_draw_from_states() -> None:
+    """Counts and biases by their places, several draws on end, against the reference with the whole history."""
+    vocab, rows = 600, 5
+    logits = floats(rows, vocab, seed=9, scale=2.0)
+    logits[0, 7] = -0.0
+    biases = [{}, {3: ieee.f32(0.1), 7: 0.0, 49: -100.0}, {}, {0: 1.0}, {}]
+    penalties = [
+        {"repetition": ieee.f32(1.3), "presence": ieee.f32(0.7), "frequency": ieee.f32(0.1)},
+        {"repetition": ieee.f32(0.9)}, {}, {"frequency": -ieee.f32(0.3)}, {},
+    ]  # fmt: skip
+    params = [
+        SamplerParams(temperature=float(i % 2), seed=i, logit_bias=bias, **penalty)
+        for i, (bias, penalty) in enumerate(zip(biases, penalties, strict=True))
+    ]
+    prompt, output = (1, 2, 2, 7), [[3, 3, 7, 9] for _ in range(rows)]
+    fields = sampler.cuda_settings(params, [8] * rows, vocab)
+    counts = torch.full((3, vocab), 77, dtype=torch.int32, device=DEVICE)
+    bias = torch.full((2, vocab), -0.0, device=DEVICE)
+    for place, row in enumerate((0, 1, 3)):
+        fields[row, gpu_sampler.COUNTS.value] = place
+        history = torch.tensor([*prompt, *output[row]], dtype=torch.int32, device=DEVICE)
+        gpu_sampler.remember(counts[place], history, len(prompt))
+    for place, row in enumerate((1, 3)):
+        fields[row, gpu_sampler.BIAS.value] = place
+        bias[place, list(biases[row])] = torch.tensor(list(biases[row].values()), device=DEVICE)
+    scratch = gpu_sampler.Scratch(rows, vocab, DEVICE)
+    for step in range(3):
+        fields[:, gpu_sampler.POSITION.value] = 8 + step
+        given = logits.to(DEVICE, copy=True)
+        gpu_sampler.draw(given, fields.to(DEVICE), counts, bias, scratch, greedy=False)
+        results = scratch.results.cpu()
+        assert torch.equal(results[:rows, 1:], fingerprint.reference(logits, vocab))
+        assert int(results[rows, 0]) == 0
+        for row, p in enumerate(params):
+            adjusted = sampler.adjust(logits[row], p, History(prompt=prompt, output=output[row]))
+            assert torch.equal(given[row].cpu().view(torch.int32), adjusted.view(torch.int32))
+            assert int(results[row, 0]) == sampler.reference(adjusted, p, 8 + step)
+            output[row].append(int(results[row, 0]))
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(1, 1), (2049, 20), (151_936 if CUDA else 300, 5)])
+def test_log_probabilities(vocab: int, count: int) -> None:
+    """The sum and the likeliest ids are the CPU's."""
+    logits = ieee.rint(floats(3, vocab, seed=vocab, scale=4.0) * 4) * 0.25  # ties everywhere
+    logits[0, 0] = -0.0
+    assert torch.equal(gpu_logprobs.likely(logits.to(DEVICE), count).cpu(), logprobs.reference(logits, count))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
