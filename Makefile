@@ -19,10 +19,12 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy client appliance kernels
 	$(BIN)/lint-imports
 
-# Minutes of the same questions: 64 rounds among neighbours, 200 kills of the log, every binary32 through SiLU.
+# The same questions again and again: 64 rounds among neighbours, 200 kills of the log, every binary32 through SiLU, then
+# the determinism suite, whose report is bench/results/determinism-cpu.json.
 soak: $(VENV)/dev.stamp
-	@echo "running for about seven minutes; the output goes to bench/results/soak.txt"
-	@(date -u +"make soak, %F"; grep -m1 "model name" /proc/cpuinfo; $(BIN)/pytest -m slow --no-header -v --durations=0) > bench/results/soak.txt; status=$$?; \
+	@echo "running for about half an hour; the output goes to bench/results/soak.txt"
+	@(date -u +"make soak, %F"; grep -m1 "model name" /proc/cpuinfo; $(BIN)/pytest -m slow --no-header -v --durations=0 && \
+		$(BIN)/python bench/determinism.py 2>&1) > bench/results/soak.txt; status=$$?; \
 		cat bench/results/soak.txt; exit $$status
 
 bench-cpu: $(VENV)/dev.stamp

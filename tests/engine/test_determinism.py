@@ -79,6 +79,19 @@ def test_every_case_passes_or_says_why_not(whole: Report) -> None:
     assert whole.environment["weights_root"] == LOAD().weights_root.hex()
 
 
+def test_one_step_in_flight_gives_the_same_digests(
+    whole: Report, unproven: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the host plans a step before it knows the draws of the one before."""
+    monkeypatch.setattr(HostExecutor, "pipelined", True)
+    names = ("neighbours", "resident-20", "chunks", "prefix-cache", "preemption", "cancel", "unobserved", "buckets")
+    report = suite(*names)
+    assert {case.name: (case.status, case.reason) for case in report.cases} == dict.fromkeys(names, (Status.PASS, ""))
+    assert {case.name: case.digest for case in report.cases} == {
+        case.name: case.digest for case in whole.cases if case.name in names
+    }
+
+
 def test_the_report_is_json(whole: Report) -> None:
     body = json.loads(json.dumps(whole.as_json()))
     assert body["passed"] is True

@@ -33,14 +33,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from countermark.errors import Undecidable, UsageError
 from countermark_appliance.engine.conditions import SEED, Conditions, Facts, Load, Scale, Skipped, generator
-from countermark_appliance.engine.engine import cpu_model, engine_version
+from countermark_appliance.engine.engine import computes_on, cpu_model, engine_version
 from countermark_appliance.engine.rig import Difference, Run
 from countermark_appliance.engine.selftest import require_device, self_test
 from countermark_appliance.faults import describe
@@ -190,11 +188,13 @@ def _digest(conditions: Conditions, runs: Sequence[Run]) -> str:
 
 def _environment(conditions: Conditions, threads: int) -> dict[str, object]:
     model, artefact = conditions.rig.model, conditions.artefact
-    cuda = model.device.type == "cuda"
+    facts = computes_on(model.device)
     return {
-        "device": torch.cuda.get_device_name(model.device) if cuda else cpu_model(),
-        "driver": _driver() if cuda else "",
-        "backend": "triton" if cuda else launch.backend(),
+        "device": ", ".join(facts["gpus"]) or cpu_model(),
+        "driver": facts["driver_version"],
+        "cuda": facts["cuda_version"],
+        "triton": facts["triton_version"],
+        "backend": facts["backend"],
         "instruction_sets": list(launch.isas()),
         "threads": threads,
         "profile": PROFILE,
@@ -204,24 +204,7 @@ def _environment(conditions: Conditions, threads: int) -> dict[str, object]:
         "self_test": self_test(model).hex(),
         "engine": engine_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        "triton": _version("triton"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _driver() -> str:
-    """The first line of what the NVIDIA kernel module says of itself."""
-    try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):
-        return "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

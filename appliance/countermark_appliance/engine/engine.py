@@ -70,7 +70,7 @@ class EngineInfo:
     self_test: str  # hex of what the warm-up computed; equal wherever profile and weights are equal
 
 
-class _Device(TypedDict):
+class DeviceFacts(TypedDict):
     """The part of `EngineInfo` that is read from the device."""
 
     backend: str
@@ -133,7 +133,7 @@ class Engine:
             engine_version=engine_version(),
             torch_version=torch.__version__,
             cpu_model=cpu_model(),
-            **_computes_on(self._model.device),
+            **computes_on(self._model.device),
             threads=threads,
             self_test=digest.hex(),
         )
@@ -244,11 +244,14 @@ def _pool_blocks(model: Model, sequences: int, step_tokens: int) -> int:
     return 1 + max(1, min((tokens + BLOCK - 1) // BLOCK, room // model.block_bytes))
 
 
-def _computes_on(device: torch.device) -> _Device:
+def computes_on(device: torch.device) -> DeviceFacts:
+    """What a record says of the device that computes."""
     if device.type == "cpu":
-        return _Device(backend=launch.backend(), triton_version=None, cuda_version=None, driver_version=None, gpus=())
+        return DeviceFacts(
+            backend=launch.backend(), triton_version=None, cuda_version=None, driver_version=None, gpus=()
+        )
     driver = Path("/sys/module/nvidia/version")
-    return _Device(
+    return DeviceFacts(
         backend="triton",
         triton_version=importlib.metadata.version("triton"),
         cuda_version=torch.version.cuda,

@@ -20,7 +20,7 @@ from countermark_appliance.engine import weights
 from countermark_appliance.engine.assembler import Assembler
 from countermark_appliance.engine.audit import Difference, Outcome, Recording, audit_all, failed
 from countermark_appliance.engine.draw import draw
-from countermark_appliance.engine.engine import cpu_model, engine_version
+from countermark_appliance.engine.engine import computes_on, cpu_model, engine_version
 from countermark_appliance.engine.model import Cache, Chunk, Model
 from countermark_appliance.engine.request import Message
 from countermark_appliance.engine.sampling import ResolvedSampling
@@ -73,15 +73,14 @@ class ExactRunner:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        device = self._model.device
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        device = computes_on(self._model.device)
         return {
             "kernel_digest": kernel_digest().hex(),
             "engine": engine_version(),
             "torch": torch.__version__,
             "cpu": cpu_model(),
-            "backend": launch.backend() if gpu is None else "triton",
-            "gpus": gpu or "",
+            "backend": device["backend"],
+            "gpus": ", ".join(device["gpus"]),
         }
 
     @property
