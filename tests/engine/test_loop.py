@@ -274,8 +274,9 @@ def test_an_answer_is_a_prefix_too(pipelined: bool) -> None:
 def test_only_the_sequence_that_fails_alone_ends(pipelined: bool) -> None:
     ones = [One(made(20, 40, seed=i)) for i in range(3)]
     poisoned = [One(prepared([*range(30 + i), POISON], max_tokens=9), arrives=3 + i) for i in range(2)]
-    play([*ones, *poisoned], pipelined=pipelined, max_sequences=9, step=1000)
-    assert [one.done.reason for one in ones] == ["length"] * 3
+    ones += [One(made(200, 5, seed=9 + i), arrives=3 + i) for i in range(3)]  # begin in a step behind one that fails
+    play([*ones, *poisoned], pipelined=pipelined, max_sequences=9, step=1000, mixed=1000)
+    assert [one.done.reason for one in ones] == ["length"] * 6
     assert [one.done.reason for one in poisoned] == ["error"] * 2
     assert all("numerics" not in one.done.detail and one.done.detail for one in poisoned)
 

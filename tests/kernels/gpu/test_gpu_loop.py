@@ -20,7 +20,6 @@ from countermark_appliance.engine.sequence import Sequence
 from countermark_appliance.engine.step import Executor
 from countermark_kernels.cache import KvCache, Pool
 
-
 pytestmark = () if CUDA else pytest.mark.slow  # more than a minute in the interpreter
 
 
