@@ -5,7 +5,8 @@ arrive adds them. Every key and value is read once. `_combine` may start while `
 dependent launch): it then fetches its values into the L2 cache and waits.
 
 A program is one split (an item: its tile and its number in the tile) of one kv head. Scores and partial results lie
-by items, so that scratch follows the tokens of the batch, not tiles times the longest.
+by items, so that scratch follows the tokens of the batch, not tiles times the longest. Where every tile is a single
+split, `_whole` does the work of both kernels, and nothing partial is written.
 
 Integer: the sums, so splits and the order of arrival are free. Maxima are of values that do not depend on the split.
 """
