@@ -11,6 +11,7 @@ chooses the logits. The host chains it with the token id through a cryptographic
 
 from __future__ import annotations
 
+import struct
 from functools import lru_cache
 
 import torch
@@ -64,4 +65,6 @@ def fingerprint(logits: Tensor, vocab: int) -> Tensor:
 
 def encode(lanes: Tensor) -> list[bytes]:
     """[S, 2] int64 -> S strings of 16 bytes: lane 0, then lane 1, little endian."""
-    return [b"".join((int(x) & _MASK).to_bytes(8, "little") for x in row) for row in lanes.tolist()]
+    words = lanes.flatten().tolist()
+    data = struct.pack(f"<{len(words)}q", *words)
+    return [data[at : at + 16] for at in range(0, len(data), 16)]

@@ -168,11 +168,13 @@ def _compute(model: Model, pieces: Sequence[_Piece]) -> list[Difference | None]:
         for i, drawn in enumerate(zip(*draw(logits, [row for _, row in block]), strict=True)):
             number, row = block[i]
             if found[number] is None:
-                found[number] = _compare(pieces[number].recording, row.length, logits[i], drawn)
+                found[number] = _compare(pieces[number].recording, row.length, logits, i, drawn)
     return found
 
 
-def _compare(recording: Recording, length: int, logits: Tensor, local: tuple[int, bytes]) -> Difference | None:
+def _compare(
+    recording: Recording, length: int, logits: Tensor, row: int, local: tuple[int, bytes]
+) -> Difference | None:
     at = length - recording.prompt
     recorded = (recording.tokens[length], recording.fingerprints[at])
     if local == recorded:
@@ -182,7 +184,7 @@ def _compare(recording: Recording, length: int, logits: Tensor, local: tuple[int
         "recorded_token": recorded[0],
         "local_token": local[0],
         "fingerprint_equal": recorded[1] == local[1],
-        "logit_gap": float(logits[local[0]]) - float(logits[recorded[0]]),
+        "logit_gap": float(logits[row, local[0]]) - float(logits[row, recorded[0]]),
         "recorded_fingerprint": recorded[1].hex(),
         "local_fingerprint": local[1].hex(),
     }
