@@ -23,7 +23,7 @@ from countermark_kernels.gpu.norm import exponent, inverse_rms, squares
 from countermark_kernels.gpu.quantise import factors
 
 RANGE_BITS = tl.constexpr((127 + 30) << 23)
-FEW = 32
+FEW = 128
 VALUES = 32
 
 
@@ -110,9 +110,10 @@ def _values(
     x2 = tl.load(start + half, mask=present[:, None], other=0.0)
     z1, z2, scale = _quantise(x1, x2, flag)
     page = (slot // PAGE) * kv_heads + head
-    to = v + (page * (D * PAGE) + value_slot(slot % PAGE))[None, :] + at[:, None] * PAGE
-    tl.store(to, tl.trans(z1), mask=present[None, :])
-    tl.store(to + half * PAGE, tl.trans(z2), mask=present[None, :])
+    # Not transposed: of two dimensions without a stride of 1 Triton gives neighbouring threads the first, here tokens.
+    to = v + (page * (D * PAGE) + value_slot(slot % PAGE))[:, None] + at[None, :] * PAGE
+    tl.store(to, z1, mask=present[:, None])
+    tl.store(to + half * PAGE, z2, mask=present[:, None])
     tl.store(s_v + page * PAGE + slot % PAGE, scale, mask=present)
 
 
