@@ -1,10 +1,12 @@
 """Prefill attention on Hopper's asynchronous matrix unit (compute capability 9.0): attention.py's formulas again.
 
-One program: a tile of 128 rows against the blocks of its sequence. One warp starts the bulk tensor copies of keys,
-values and scales into a ring of slots, twice over; two groups of four warps take 64 rows each. Pass 1 finds the two
-maxima of each row; pass 2 turns scores into weights in registers, where the accumulator of the first product already
-has the layout of an operand of the second, because values lie in the order `cache.value_slot`. The matrix unit adds
-one block's weighted values while the arithmetic of the next block runs.
+A program does tiles of 128 rows against the blocks of their sequences, one after the other, and starts the copies of
+the next tile while it finishes one. One warp starts the bulk tensor copies of keys, values and scales into a ring of
+slots of two blocks, twice over for a tile; one computes the exponents of the values' scales; two groups of four warps
+take 64 rows each. Pass 1 finds the two maxima of each row; pass 2 turns scores into weights in registers, where the
+accumulator of the first product already has the layout of an operand of the second, because values lie in the order
+`cache.value_slot`. While the arithmetic does half a block, the matrix unit adds the half before and computes the scores
+of the next. (Halves, because accumulators leave no registers for a whole block more.)
 
 Instructions per score decide the speed, so: rows are scaled after the maximum (rounding is monotone), a weight's two
 bytes come from one fused product and sum, and only blocks that reach past a group's first position are masked.
@@ -28,8 +30,9 @@ from countermark_kernels import attention as specified
 from countermark_kernels import ieee as arithmetic
 from countermark_kernels.gpu import ieee
 from countermark_kernels.gpu.cache import BLOCK, Pool
+from countermark_kernels.gpu.linear_hopper import multiprocessors
 
-SLOTS = 6  # blocks in shared memory
+SLOTS = 4  # pairs of blocks in shared memory
 TINY = gl.constexpr(arithmetic.TINY)
 LIMIT = gl.constexpr(specified.SCORE_LIMIT)
 ROUND = gl.constexpr(specified.ROUND)
@@ -38,26 +41,46 @@ C3, C2, C1 = (gl.constexpr(c) for c in arithmetic.EXP2_SHORT_COEFFICIENTS)
 
 
 @gluon.jit
-def _produce(pool, ring, end, head, KV_HEADS: gl.constexpr):
-    """One warp: start the copies of every block of the sequence, keys for pass 1, keys and values for pass 2."""
-    table, k, s_k, v, s_v = pool
+def _item(turn):
+    """What a program does in its turn: there and back over the programs, because items are sorted by length."""
+    at = gl.program_id(0)
+    return turn * gl.num_programs(0) + gl.where(turn % 2 == 0, at, gl.num_programs(0) - 1 - at)
+
+
+@gluon.jit
+def _produce(pool, ring, tables, tiles, items, KV_HEADS: gl.constexpr):
+    """One warp: start the copies of every block of a tile's sequence, keys for pass 1, keys and values for pass 2."""
+    k, s_k, v, s_v = pool
     full, empty, ks, sks, vs, svs = ring
-    SLOTS: gl.constexpr = ks.shape[0]
+    SLOTS: gl.constexpr = full.shape[0]
     N: gl.constexpr = ks.shape[1]
     D: gl.constexpr = ks.shape[2]
-    last = (end + N - 1) // N
-    for index in range(2 * last):
-        again = index >= last
-        slot = index % SLOTS
-        block = gl.load(table + gl.where(again, index - last, index)) * KV_HEADS + head
-        bar = full.index(slot)
-        mbarrier.wait(empty.index(slot), ((index // SLOTS) & 1) ^ 1)
-        mbarrier.expect(bar, N * D + 8 * N, pred=index < last)
-        mbarrier.expect(bar, 2 * N * D + 8 * N, pred=again)
-        tma.async_copy_global_to_shared(k, [block * N, 0], bar, ks.index(slot))
-        tma.async_copy_global_to_shared(s_k, [block, 0], bar, sks.index(slot))
-        tma.async_copy_global_to_shared(s_v, [block, 0], bar, svs.index(slot))
-        tma.async_copy_global_to_shared(v, [block * D, 0], bar, vs.index(slot), pred=again)
+    index = gl.program_id(0) * 0
+    for turn in range(gl.cdiv(items, gl.num_programs(0))):
+        item = _item(turn)
+        if item < items:
+            tile = tiles + item // KV_HEADS * 4
+            head = item % KV_HEADS
+            last = (gl.load(tile + 1) + gl.load(tile + 2) + N - 1) // N
+            table = tables + gl.load(tile + 3)
+            for again in gl.static_range(2):
+                left = gl.load(table)
+                right = gl.load(table + gl.minimum(1, last - 1))
+                for at in range(0, last, 2):
+                    slot = index % SLOTS
+                    bar = full.index(slot)
+                    mbarrier.wait(empty.index(slot), ((index // SLOTS) & 1) ^ 1)
+                    mbarrier.expect(bar, 2 * ((1 + again) * N * D + 8 * N))
+                    for half in gl.static_range(2):
+                        line = (right if half else left) * KV_HEADS + head
+                        tma.async_copy_global_to_shared(k, [line * N, 0], bar, ks.index(2 * slot + half))
+                        tma.async_copy_global_to_shared(s_k, [line, 0], bar, sks.index(2 * slot + half))
+                        tma.async_copy_global_to_shared(s_v, [line, 0], bar, svs.index(2 * slot + half))
+                        if again == 1:
+                            tma.async_copy_global_to_shared(v, [line * D, 0], bar, vs.index(2 * slot + half))
+                    left = gl.load(table + gl.minimum(at + 2, last - 1))
+                    right = gl.load(table + gl.minimum(at + 3, last - 1))
+                    index += 1
 
 
 @gluon.jit
@@ -77,40 +100,52 @@ def _release(ring, index):
 
 
 @gluon.jit
-def _scores(q, ring, index, zero):
-    """Start q . k with the slot of `index`."""
+def _scores(q, ring, index, half, zero, FIRST: gl.constexpr):
+    """Start q . k with a block in the slot of `index`: as many tokens as zero has columns, from FIRST on."""
     ks = ring[2]
-    keys = ks.index(index % ks.shape[0]).permute((1, 0))
+    keys = ks.index(index % (ks.shape[0] // 2) * 2 + half).slice(FIRST, zero.shape[1]).permute((1, 0))
     return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _scale(scales, index, layout: gl.constexpr):
-    """The scales of a slot's tokens."""
+def _scale(scales, index, half, FIRST: gl.constexpr, COUNT: gl.constexpr, layout: gl.constexpr):
+    """The scales of some of a block's tokens."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    slot = scales.index(index % scales.shape[0])
-    return slot._reinterpret(gl.float32, [scales.shape[2]], flat).load(layout)
+    block = scales.index(index % (scales.shape[0] // 2) * 2 + half)._reinterpret(gl.float32, [scales.shape[2]], flat)
+    return block.slice(FIRST, COUNT).load(layout)
 
 
 @gluon.jit
-def _exponents(svs, index, layout: gl.constexpr):
-    """lambda of a slot's tokens as binary32, each computed by one thread."""
-    s_v = _scale(svs, index, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    power = gl.maximum(((s_v.to(gl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127, -40)
-    return gl.convert_layout(power.to(gl.float32), layout)
+def _annotate(ring, powers, ready, tiles, items, KV_HEADS: gl.constexpr):
+    """One warp: lambda of the tokens of every block of pass 1, as binary32."""
+    empty, svs = ring[1], ring[5]
+    N: gl.constexpr = svs.shape[2]
+    SLOTS: gl.constexpr = empty.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    index = gl.program_id(0) * 0
+    for turn in range(gl.cdiv(items, gl.num_programs(0))):
+        item = _item(turn)
+        if item < items:
+            tile = tiles + item // KV_HEADS * 4
+            pairs = (gl.load(tile + 1) + gl.load(tile + 2) + 2 * N - 1) // (2 * N)
+            for at in range(2 * pairs):
+                slot = index % SLOTS
+                _arrived(ring, index)
+                if at < pairs:
+                    for half in gl.static_range(2):
+                        bits = _scale(svs, index, half, 0, N, layout).to(gl.int32, bitcast=True)
+                        power = gl.maximum(((bits + 0x7FFFFF) >> 23) - 127, -40).to(gl.float32)
+                        powers.index(2 * slot + half).store(power)
+                    gl.thread_barrier()
+                mbarrier.arrive(ready.index(slot), count=1)
+                mbarrier.arrive(empty.index(slot), count=1)
+                index += 1
 
 
 @gluon.jit
 def _fold(x):
     """Maxima over the elements of a row that one thread holds."""
     return gl.max(gl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 1)
-
-
-@gluon.jit
-def _extend(top, bound, s, unit, power, cq):
-    """The maxima of pass 1 with one more block in them."""
-    a = s.to(gl.float32) * unit[None, :]
-    return gl.maximum(top, _fold(a)), gl.maximum(bound, _fold(gl.fma(a, cq[:, None], power[None, :])))
 
 
 @gluon.jit
@@ -121,8 +156,35 @@ def _ceil(x):
 
 
 @gluon.jit
-def _weights(a, s_v, cq, base, floor, g):
-    """E * 2^22 rounded, and the weights n + 128, as int32 patterns with the exponent of the rounding constant."""
+def _maxima(s, top, bound, ring, lambdas, index, half, ahead, then, zero, q, cq, seen, wait: gl.constexpr):
+    """Pass 1 over one block, its scores in s, while the next one's are computed: those, and the maxima."""
+    powers, ready = lambdas
+    slots: gl.constexpr = ready.shape[0]
+    column: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    if wait:
+        _arrived(ring, ahead)
+    following = _scores(q, ring, ahead, then, zero, 0)
+    if not wait or seen is not None:
+        mbarrier.wait(ready.index(index % slots), (index // slots) & 1)
+    a = s.to(gl.float32) * _scale(ring[3], index, half, 0, s.shape[1], column)[None, :]
+    raised = gl.fma(a, cq[:, None], powers.index(index % slots * 2 + half).load(column)[None, :])
+    if seen is not None:
+        visible = gl.arange(0, s.shape[1], layout=column)[None, :] <= seen[:, None]
+        a = gl.where(visible, a, float("-inf"))
+        raised = gl.where(visible, raised, float("-inf"))
+    top = gl.maximum(top, _fold(a))
+    bound = gl.maximum(bound, _fold(raised))
+    return warpgroup_mma_wait(0, [following, top, bound])
+
+
+@gluon.jit
+def _weights(s, ring, block, row, visible, FIRST: gl.constexpr):
+    """Some tokens' sums of E * 2^22 over what one thread holds of a row, and their weights as words of `_pairs`."""
+    cq, base, floor, g = row
+    column: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    s_k = _scale(ring[3], block // 2, block % 2, FIRST, s.shape[1], column)
+    s_v = _scale(ring[5], block // 2, block % 2, FIRST, s.shape[1], column)
+    a = s.to(gl.float32) * s_k[None, :]
     one = gl.full_like(a, 1.0)
     a = gl.maximum(a, floor[:, None])
     w = gl.fma(a, cq[:, None], base[:, None])
@@ -131,38 +193,63 @@ def _weights(a, s_v, cq, base, floor, g):
     p = gl.fma(p, f, one * C1)
     p = gl.fma(p, f, one)
     e = (p.to(gl.int32, bitcast=True) + (w.to(gl.int32, bitcast=True) << 23)).to(gl.float32, bitcast=True)
+    if visible is not None:
+        e = gl.where(visible, e, 0.0)
     d = gl.fma(e, one * 4194304.0, one * 8388608.0).to(gl.int32, bitcast=True)
     n = gl.fma(e * s_v[None, :], g[:, None], one * 12583040.0)
-    return d, n.to(gl.int32, bitcast=True)
+    x, y = _pairs(n.to(gl.int32, bitcast=True))
+    return _sum(d), x, y
 
 
 @gluon.jit
 def _sum(d):
-    """The rows' sums of E * 2^22 over one block, from patterns: [M, N] -> [M] int64."""
+    """Sums of E * 2^22 over what one thread holds of a row, from patterns: [M, N] -> [M, 4] int64."""
     gl.static_assert(d.dtype.is_int())
+    M: gl.constexpr = d.shape[0]
     N: gl.constexpr = d.shape[1]
-    offset: gl.constexpr = (N * 0x4B000000 + 0x80000000) % 0x100000000 - 0x80000000
-    return (gl.sum(d, 1) - offset).to(gl.int64)
+    offset: gl.constexpr = (N // 4 * 0x4B000000 + 0x80000000) % 0x100000000 - 0x80000000
+    d = gl.sum(gl.sum(gl.reshape(d, (M, N // 8, 4, 2)), 3), 1)
+    return (d - offset).to(gl.int64)
 
 
 @gluon.jit
-def _planes(n, operand: gl.constexpr):
-    """n + 128 to the bytes hi and lo with n = 256 hi + lo, as operands."""
+def _pairs(n):
+    """n + 128, [M, N], to words of two weights' bytes, low bytes first: for each four weights that follow each other in
+    the order of cache.value_slot, their first and their second pair. `_planes` does the rest a step later, because an
+    operand must not be written while the matrix unit works.
+    """
     M: gl.constexpr = n.shape[0]
     N: gl.constexpr = n.shape[1]
-    n = gl.reshape(gl.permute(gl.reshape(n, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (M, N))
-    n = gl.convert_layout(n, operand, assert_trivial=True)
+    left, right = gl.split(gl.permute(gl.reshape(n, (M, N // 16, 2, 4, 2)), (0, 1, 3, 2, 4)))
+    n0, n2 = gl.split(left)
+    n1, n3 = gl.split(right)
+    return _bytes(n0, n1), _bytes(n2, n3)
+
+
+@gluon.jit
+def _bytes(a, b):
+    """The lowest bytes of a and b, then the next ones."""
+    return gl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5140;", "=r,r,r", [a, b], gl.int32, True, 1)
+
+
+@gluon.jit
+def _planes(x, y, layout: gl.constexpr):
+    """Words of `_pairs` to hi and lo with n = 256 hi + lo, as int8 operands."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1] * 16
+    x = gl.join(x, x)
+    y = gl.join(y, y)
+    x = gl.convert_layout(gl.reshape(gl.join(x, x), (M, N)), layout, assert_trivial=True)
+    y = gl.convert_layout(gl.reshape(gl.join(y, y), (M, N)), layout, assert_trivial=True)
     return gl.inline_asm_elementwise(
         """{
-        .reg .b32 x, y;
-        prmt.b32 x, $2, $3, 0x5140;
-        prmt.b32 y, $4, $5, 0x5140;
-        prmt.b32 $0, x, y, 0x7632;
-        prmt.b32 x, x, y, 0x5410;
-        xor.b32 $1, x, 0x80808080;
+        .reg .b32 t; // $3 $4 $5 $7 $8 $9
+        prmt.b32 $0, $2, $6, 0x7632;
+        prmt.b32 t, $2, $6, 0x5410;
+        xor.b32 $1, t, 0x80808080;
         }""",
-        "=r,=r,r,r,r,r",
-        [n],
+        "=r,=r,r,r,r,r,r,r,r,r",
+        [x, y],
         dtype=(gl.int8, gl.int8),
         is_pure=True,
         pack=4,
@@ -170,173 +257,217 @@ def _planes(n, operand: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    job, PART: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, N: gl.constexpr,
+def _sums(
+    s, x, y, high, low, total, zero, q, ring, block, ahead, back, row, seen, FIRST: gl.constexpr, operand: gl.constexpr
 ):  # fmt: skip
-    """Four warps: 64 rows of the tile against every block."""
-    queries, ring, s_q_ptr, out_ptr, flag, c, tile, head = job
-    M: gl.constexpr = 64
-    GROUP: gl.constexpr = HEADS // KV_HEADS
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32])
-    VALUE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=VALUE, k_width=4)
-    ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORE)
-    sks, vs, svs = ring[3], ring[4], ring[5]
-    SLOTS: gl.constexpr = vs.shape[0]
-    q = queries.slice(PART * M, M)
-    count = gl.load(tile + 1)
-    start = gl.load(tile + 2)
-    full = (start + PART * M // GROUP) // N
-    last = (start + count + N - 1) // N
-    r = PART * M + gl.arange(0, M, layout=ROW)
-    n = gl.arange(0, N, layout=COLUMN)
-    present = r // GROUP < count
-    position = start + r // GROUP
-    row = (gl.load(tile) + r // GROUP).to(gl.int64) * HEADS + head * GROUP + r % GROUP
-    cq = gl.load(s_q_ptr + row, mask=present, other=0.0) * c
-    cq = gl.where(cq < TINY, 0.0, cq)
-
-    zero = gl.zeros([M, N], gl.int32, SCORE)
-    top = _fold(gl.full([M, N], float("-inf"), gl.float32, SCORE))
-    bound = top
-    full = gl.minimum(full, last - 1)
-    _arrived(ring, 0)
-    for i in range(full // 2):
-        left = _scores(q, ring, 2 * i, zero)
-        _arrived(ring, 2 * i + 1)
-        right = _scores(q, ring, 2 * i + 1, zero)
-        unit, power = _scale(sks, 2 * i, COLUMN), _exponents(svs, 2 * i, COLUMN)
-        s = warpgroup_mma_wait(1, [left])
-        _release(ring, 2 * i)
-        top, bound = _extend(top, bound, s, unit, power, cq)
-        unit, power = _scale(sks, 2 * i + 1, COLUMN), _exponents(svs, 2 * i + 1, COLUMN)
-        _arrived(ring, 2 * i + 2)
-        s, top, bound = warpgroup_mma_wait(0, [right, top, bound])
-        _release(ring, 2 * i + 1)
-        top, bound = _extend(top, bound, s, unit, power, cq)
-    top = gl.convert_layout(gl.max(top, 1), ROW)
-    bound = gl.convert_layout(gl.max(bound, 1), ROW)
-    for j in range(full // 2 * 2, last):
-        _arrived(ring, j)
-        s = warpgroup_mma_wait(0, [_scores(q, ring, j, zero)])
-        a = s.to(gl.float32) * _scale(sks, j, COLUMN)[None, :]
-        power = _exponents(svs, j, COLUMN)
-        visible = (j * N + n)[None, :] <= position[:, None]
-        top = gl.maximum(top, gl.max(gl.where(visible, a, float("-inf")), 1))
-        raised = gl.fma(a, cq[:, None], power[None, :])
-        bound = gl.maximum(bound, gl.max(gl.where(visible, raised, float("-inf")), 1))
-        _release(ring, j)
-    top = top * cq
-    bad = present & ((top >= LIMIT) | (top <= -LIMIT))
-    gl.atomic_or(flag + gl.zeros_like(r), gl.zeros_like(r) + 2, mask=bad)
-    top = _ceil(top)
-    base = ROUND - top
-    floor = gl.div_rn(top - 96.0, gl.maximum(cq, TINY))
-    g = P_MAX * ((top - _ceil(bound)).to(gl.int32) + 127 << 23).to(gl.float32, bitcast=True)
-
-    total = gl.zeros([M], gl.int64, ROW)
-    high = gl.zeros([M, D], gl.int32, VALUE)
-    low = gl.zeros([M, D], gl.int32, VALUE)
-    w = zero + 128
-    _arrived(ring, last)
-    for j in range(full):
-        at = last + j
-        before = last + gl.maximum(j - 1, 0)
-        values = vs.index(before % SLOTS).permute((1, 0))
-        hi, lo = _planes(w, OPERAND)
-        scores = _scores(q, ring, at, zero)
-        highs = warpgroup_mma(hi, values, high, is_async=True)
-        lows = warpgroup_mma(lo, values, low, is_async=True)
-        s = warpgroup_mma_wait(2, [scores])
-        a = s.to(gl.float32) * _scale(sks, at, COLUMN)[None, :]
-        d, w = _weights(a, _scale(svs, at, COLUMN), cq, base, floor, g)
-        total += _sum(d)
-        _arrived(ring, at + 1)
-        high, low, w = warpgroup_mma_wait(0, [highs, lows, w])
-        if j > 0:
-            _release(ring, at - 1)
-    for j in range(full, last):
-        at = last + j
-        before = last + gl.maximum(j - 1, 0)
-        values = vs.index(before % SLOTS).permute((1, 0))
-        _arrived(ring, at)
-        s = warpgroup_mma_wait(0, [_scores(q, ring, at, zero)])
-        hi, lo = _planes(w, OPERAND)
-        high = warpgroup_mma(hi, values, high, is_async=False)
-        low = warpgroup_mma(lo, values, low, is_async=False)
-        if j > 0:
-            _release(ring, at - 1)
-        a = s.to(gl.float32) * _scale(sks, at, COLUMN)[None, :]
-        d, w = _weights(a, _scale(svs, at, COLUMN), cq, base, floor, g)
-        visible = (j * N + n)[None, :] <= position[:, None]
-        total += _sum(gl.where(visible, d, 0x4B000000))
-        w = gl.where(visible, w, 128)
-    hi, lo = _planes(w, OPERAND)
-    values = vs.index((2 * last - 1) % SLOTS).permute((1, 0))
-    high = warpgroup_mma(hi, values, high, is_async=False)
-    low = warpgroup_mma(lo, values, low, is_async=False)
-
-    OUT: gl.constexpr = gl.SliceLayout(1, VALUE)
-    divisor = gl.convert_layout(total.to(gl.float32) * g, OUT)
-    number = high.to(gl.int64) * 256 + low.to(gl.int64)
-    o = gl.div_rn(number.to(gl.float32) * 4194304.0, divisor[:, None] + gl.zeros([M, D], gl.float32, VALUE))
-    r = PART * M + gl.arange(0, M, layout=OUT)
-    row = (gl.load(tile, volatile=True) + r // GROUP).to(gl.int64) * HEADS + head * GROUP + r % GROUP
-    present = r // GROUP < gl.load(tile + 1, volatile=True)
-    x = gl.arange(0, D, layout=gl.SliceLayout(0, VALUE))
-    gl.store(out_ptr + row[:, None] * D + x[None, :], o, mask=present[:, None])
+    """Pass 2 over the half of `block` that starts at FIRST, its scores in s, while the matrix unit adds the half before
+    (in the block `back`, its weights in x and y) and computes the scores of the next (in the block `ahead`).
+    """
+    H: gl.constexpr = s.shape[1]
+    ks, vs = ring[2], ring[4]
+    keys = ks.index(ahead).slice(H - FIRST, H).permute((1, 0))
+    values = vs.index(back).permute((1, 0)).slice(H - FIRST, H)
+    hi, lo = _planes(x, y, operand)
+    following = warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+    highs = warpgroup_mma(hi, values, high, is_async=True)
+    lows = warpgroup_mma(lo, values, low, is_async=True)
+    visible = None
+    if seen is not None:
+        visible = gl.arange(FIRST, FIRST + H, layout=gl.SliceLayout(0, s.type.layout))[None, :] <= seen[:, None]
+    d, x, y = _weights(s, ring, block, row, visible, FIRST)
+    total += d
+    high, low, s, x, y, total = warpgroup_mma_wait(0, [highs, lows, following, x, y, total])
+    return s, x, y, high, low, total
 
 
 @gluon.jit
+def _as(x, layout: gl.constexpr):
+    return gl.convert_layout(x, layout)
+
+
+@gluon.jit
+def _quotient(a, b, y):
+    """a / b correctly rounded, for y = 1 / b correctly rounded (Markstein 1990).
+
+    The first correction leaves less than a unit in the last place, which is what the second needs. Nothing here is
+    subnormal: a is 0 or in 2^22..2^62, b in 2^-6..2^97.
+    """
+    q = a * y
+    q = gl.fma(gl.fma(-q, b, a), y, q)
+    return gl.fma(gl.fma(-q, b, a), y, q)
+
+
+@gluon.jit
+def _consume(
+    job, PART: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """Four warps: 64 rows of each tile against every block."""
+    queries, lambdas, ring, q_ptr, s_q_ptr, out_ptr, flag, c, tiles, items = job
+    M: gl.constexpr = 64
+    GROUP: gl.constexpr = HEADS // KV_HEADS
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N // 2, 32])
+    VALUE: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 32])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=VALUE, k_width=4)
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
+    KEPT: gl.constexpr = gl.SliceLayout(1, HALF)
+    OUT: gl.constexpr = gl.SliceLayout(1, VALUE)
+    q = queries.index(PART)
+    SLOTS: gl.constexpr = ring[0].shape[0]
+    zero = gl.zeros([M, N], gl.int32, SCORE)
+    first = gl.program_id(0) * 0
+    for turn in range(gl.cdiv(items, gl.num_programs(0))):
+        item = _item(turn)
+        if item < items:
+            tile = tiles + item // KV_HEADS * 4
+            head = item % KV_HEADS
+            token = gl.load(tile)
+            count = gl.load(tile + 1)
+            start = gl.load(tile + 2)
+            r = PART * M + gl.arange(0, M, layout=gl.SliceLayout(1, WIDE))
+            x = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
+            line = (token + r // GROUP).to(gl.int64) * HEADS + head * GROUP + r % GROUP
+            q.store(gl.load(q_ptr + line[:, None] * D + x[None, :], mask=(r // GROUP < count)[:, None], other=0))
+            last = (start + count + N - 1) // N
+            full = gl.minimum((start + PART * M // GROUP) // N, last - 1) // 2
+            pairs = (last + 1) // 2
+            r = PART * M + gl.arange(0, M, layout=ROW)
+            present = r // GROUP < count
+            position = start + r // GROUP
+            line = (token + r // GROUP).to(gl.int64) * HEADS + head * GROUP + r % GROUP
+            cq = gl.load(s_q_ptr + line, mask=present, other=0.0) * c
+            cq = gl.where(cq < TINY, 0.0, cq)
+            _arrived(ring, first)
+            fence_async_shared()
+            gl.thread_barrier()
+
+            s = warpgroup_mma_wait(0, [_scores(q, ring, first, 0, zero, 0)])
+            top = _fold(gl.full([M, N], float("-inf"), gl.float32, SCORE))
+            bound = top
+            for i in range(full):
+                at = first + i
+                s, top, bound = _maxima(s, top, bound, ring, lambdas, at, 0, at, 1, zero, q, cq, None, False)
+                s, top, bound = _maxima(s, top, bound, ring, lambdas, at, 1, at + 1, 0, zero, q, cq, None, True)
+                _release(ring, at)
+            for j in range(2 * full, last):
+                at = first + j // 2
+                ahead = gl.where(j + 1 < last, first + (j + 1) // 2, first + pairs)
+                then = gl.where(j + 1 < last, (j + 1) % 2, 0)
+                s, top, bound = _maxima(
+                    s, top, bound, ring, lambdas, at, j % 2, ahead, then, zero, q, cq, position - j * N, True
+                )
+            for i in range(full, pairs):
+                _release(ring, first + i)
+            first += pairs
+            top = _as(gl.max(top, 1), ROW) * cq
+            bound = _as(gl.max(bound, 1), ROW)
+            bad = present & ((top >= LIMIT) | (top <= -LIMIT))
+            gl.atomic_or(flag + gl.zeros_like(r), gl.zeros_like(r) + 2, mask=bad)
+            top = _ceil(top)
+            base = ROUND - top
+            floor = gl.div_rn(top - 96.0, gl.maximum(cq, TINY))
+            g = P_MAX * ((top - _ceil(bound)).to(gl.int32) + 127 << 23).to(gl.float32, bitcast=True)
+            row = (_as(cq, KEPT), _as(base, KEPT), _as(floor, KEPT), _as(g, KEPT))
+            position = _as(position, KEPT)
+
+            none = gl.zeros([M, N // 2], gl.int32, HALF)
+            total = _sum(none + 0x4B000000)
+            high = gl.zeros([M, D], gl.int32, VALUE)
+            low = gl.zeros([M, D], gl.int32, VALUE)
+            x, y = _pairs(none + 128)
+            s = warpgroup_mma_wait(0, [_scores(q, ring, first, 0, none, 0)])
+            past = gl.minimum((start + PART * M // GROUP) // N, last - 1)
+            b0 = 2 * first
+            b = b0 % (2 * SLOTS)
+            before = b + 0  # a value of its own: Triton takes a name for unchanged by a loop that gets its own value
+            for j in range(past):
+                s, x, y, high, low, total = _sums(
+                    s, x, y, high, low, total, none, q, ring, b, b, before, row, None, 0, OPERAND
+                )
+                if (j % 2 == 0) & (j > 0):
+                    _release(ring, first + j // 2 - 1)
+                before = b
+                b = (b0 + j + 1) % (2 * SLOTS)
+                _arrived(ring, first + (j + 1) // 2)
+                s, x, y, high, low, total = _sums(
+                    s, x, y, high, low, total, none, q, ring, before, b, before, row, None, N // 2, OPERAND
+                )
+            for j in range(past, last):
+                seen = position - j * N
+                s, x, y, high, low, total = _sums(
+                    s, x, y, high, low, total, none, q, ring, b, b, before, row, seen, 0, OPERAND
+                )
+                if (j % 2 == 0) & (j > 0):
+                    _release(ring, first + j // 2 - 1)
+                before = b
+                b = (b0 + gl.minimum(j + 1, last - 1)) % (2 * SLOTS)
+                _arrived(ring, first + gl.minimum(j + 1, last - 1) // 2)
+                s, x, y, high, low, total = _sums(
+                    s, x, y, high, low, total, none, q, ring, before, b, before, row, seen, N // 2, OPERAND
+                )
+            hi, lo = _planes(x, y, OPERAND)
+            values = ring[4].index(before).permute((1, 0)).slice(N // 2, N // 2)
+            highs = warpgroup_mma(hi, values, high, is_async=True)
+            lows = warpgroup_mma(lo, values, low, is_async=True)
+            high, low = warpgroup_mma_wait(0, [highs, lows])
+            _release(ring, first + pairs - 1)
+            first += pairs
+
+            total = _as(gl.sum(total, 1), OUT)
+            divisor = total.to(gl.float32) * _as(g, OUT)
+            inverse = gl.div_rn(gl.full_like(divisor, 1.0), divisor)
+            number = (high.to(gl.int64) * 256 + low.to(gl.int64)).to(gl.float32) * 4194304.0
+            o = _quotient(number, divisor[:, None], inverse[:, None])
+            r = PART * M + gl.arange(0, M, layout=OUT)
+            line = (gl.load(tile, volatile=True) + r // GROUP).to(gl.int64) * HEADS + head * GROUP + r % GROUP
+            present = r // GROUP < gl.load(tile + 1, volatile=True)
+            x = gl.arange(0, D, layout=gl.SliceLayout(0, VALUE))
+            gl.store(out_ptr + line[:, None] * D + x[None, :], o, mask=present[:, None])
+
+
+@gluon.jit(do_not_specialize=["items"])
 def prefill(
-    q_ptr, s_q_ptr, k, s_k, v, s_v, tables, tiles, out_ptr, flag, c,
+    q_ptr, s_q_ptr, k, s_k, v, s_v, tables, tiles, out_ptr, flag, c, items,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, D: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    GROUP: gl.constexpr = HEADS // KV_HEADS
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     LINE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=D, element_bitwidth=8, rank=2)
-
-    head = gl.program_id(0)
-    tile = tiles + gl.program_id(1) * 4
-    first = gl.load(tile)
-    count = gl.load(tile + 1)
-    start = gl.load(tile + 2)
-    pool = (tables + gl.load(tile + 3), k, s_k, v, s_v)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     arrived = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    ks = gl.allocate_shared_memory(gl.int8, [SLOTS, N, D], k.layout)
-    vs = gl.allocate_shared_memory(gl.int8, [SLOTS, D, N], v.layout)
-    sks = gl.allocate_shared_memory(gl.float32, [SLOTS, 1, N], s_k.layout)
-    svs = gl.allocate_shared_memory(gl.float32, [SLOTS, 1, N], s_v.layout)
+    ks = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, N, D], k.layout)
+    vs = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, D, N], v.layout)
+    sks = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, 1, N], s_k.layout)
+    svs = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, 1, N], s_v.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     ring = (arrived, empty, ks, sks, vs, svs)
     for i in gl.static_range(SLOTS):
         mbarrier.init(arrived.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    r = gl.arange(0, 2 * 64, layout=gl.SliceLayout(1, WIDE))
-    x = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
-    line = (first + r // GROUP).to(gl.int64) * HEADS + head * GROUP + r % GROUP
-    q = gl.load(q_ptr + line[:, None] * D + x[None, :], mask=(r // GROUP < count)[:, None], other=0)
-    queries = gl.allocate_shared_memory(gl.int8, [2 * 64, D], LINE, q)
+        mbarrier.init(empty.index(i), count=3)
+        mbarrier.init(ready.index(i), count=1)
+    queries = gl.allocate_shared_memory(gl.int8, [2, 64, D], LINE)
+    powers = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, N], FLAT)
     fence_async_shared()
     gl.thread_barrier()
-    job = (queries, ring, s_q_ptr, out_ptr, flag, c, tile, head)
+    job = (queries, (powers, ready), ring, q_ptr, s_q_ptr, out_ptr, flag, c, tiles, items)
     gl.warp_specialize(
         [
             (_consume, (job, 0, HEADS, KV_HEADS, D, N)),
             (_consume, (job, 1, HEADS, KV_HEADS, D, N)),
-            (_produce, (pool, ring, start + count, head, KV_HEADS)),
+            (_produce, ((k, s_k, v, s_v), ring, tables, tiles, items, KV_HEADS)),
+            (_annotate, (ring, powers, ready, tiles, items, KV_HEADS)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )
 
 
 def attend(
     q: Tensor, s_q: Tensor, pool: Pool, layer: int, tables: Tensor, tiles: Tensor, out: Tensor, flag: Tensor, c: float
 ) -> None:
-    """Launch `prefill` over `tiles` of at most batch.HOPPER_ROWS rows."""
-    prefill[(pool.kv_heads, tiles.shape[0])](
+    """Launch `prefill` over `tiles` of at most batch.HOPPER_ROWS rows, the longest first."""
+    items = tiles.shape[0] * pool.kv_heads
+    prefill[(min(multiprocessors(q.device), items),)](
         q,
         s_q,
         *_descriptors(pool, layer),
@@ -345,6 +476,7 @@ def attend(
         out,
         flag,
         c,
+        items,
         HEADS=q.shape[1],
         KV_HEADS=pool.kv_heads,
         D=pool.head_dim,

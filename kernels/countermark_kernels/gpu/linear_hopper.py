@@ -148,7 +148,8 @@ BEYOND = (Tile(128, 64, 128, 8, cost=31), Tile(128, 128, 128, 6, cost=45), Tile(
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many `device` has."""
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
@@ -171,9 +172,8 @@ def tiles(q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, resi
     """y for a K that is a multiple of 16."""
     count, inputs = q.shape
     outputs = w.shape[0]
-    multiprocessors = _multiprocessors(q.device)
-    tile = choose(count, outputs, multiprocessors)
-    grid = min(multiprocessors * tile.programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n))
+    tile = choose(count, outputs, multiprocessors(q.device))
+    grid = min(multiprocessors(q.device) * tile.programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n))
     pieces = 1 if tile.n <= 128 else 2 if residual is None else 4
     _tiles[(grid,)](
         TensorDescriptor.from_tensor(q, [tile.m, tile.k], LAYOUT), s,

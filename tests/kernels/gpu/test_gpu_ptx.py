@@ -49,14 +49,14 @@ lines = {"k": ("i8", 64), "v": ("i8", 64), "s_k": ("fp32", 1), "s_v": ("fp32", 1
 swizzled = attention_hopper.gl.NVMMASharedLayout
 layouts = {"i8": swizzled(64, 8, 2), "fp32": swizzled(0, 32, 2)}
 copied = {name: f"tensordesc<{kind}[{rows}, 64],{layouts[kind]!r}>" for name, (kind, rows) in lines.items()}
-hopper = {"HEADS": 32, "KV_HEADS": 8, "D": 64, "N": 64, "SLOTS": 6}
+hopper = {"HEADS": 32, "KV_HEADS": 8, "D": 64, "N": 64, "SLOTS": 4}
 json.dump({
     "rope": ptx(rope._kernel, heads, {"PAGE": 64, "D": 64, "STAGES": 6, "GAINED": True, "GROUP": 4}),
     "attention prefill": ptx(attention._prefill, batch, shape | {"M": 64}),
     "attention score": ptx(attention_split._score, batch, part),
     "attention combine": ptx(attention_split._combine, batch, part | {"OTHERS": 16}),
     "attention whole": ptx(attention_split._whole, batch, part),
-    "attention hopper": ptx(attention_hopper.prefill, batch | copied, hopper, GluonASTSource),
+    "attention hopper": ptx(attention_hopper.prefill, batch | copied | {"items": "i32"}, hopper, GluonASTSource),
     "quantise": ptx(quantise._kernel, row, {"BLOCK": 128}),
     "norm": ptx(norm._kernel, row | {"eps": "fp32"}, {"BLOCK": 128}),
     "swiglu": ptx(activation._kernel, half, {"PARTS": 1, "CHUNK": 128, "STAGES": 5}),
