@@ -1,6 +1,6 @@
 """What the element-wise kernels reach of memory bandwidth on a GPU, at Qwen3-8B's widths.
 
-    python bench/gpu_elementwise.py      writes bench/results/gpu-elementwise.json, prints a table
+    python bench/gpu_elementwise.py OUT.json
 
 Bytes: each input read once, each output written once. Times: medians with the L2 cache flushed before each run; for few
 rows a CUDA graph's replays, whose inputs stay in the cache. `copy` is a device-to-device copy of 1 GiB.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from countermark_kernels.gpu import activation, fingerprint, norm, quantise, rop
 from countermark_kernels.gpu import sampler as gpu_sampler
 from countermark_kernels.sampler import SamplerParams
 
-RESULT = Path(__file__).resolve().parent / "results" / "gpu-elementwise.json"
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, D, VOCAB, PAGE = 4096, 12288, 32, 8, 128, 151_936, 64
 ROWS = (1, 16, 64, 256, 2048, 16384)
 SAMPLED = (1, 64, 256)
@@ -85,6 +85,7 @@ def sampling(rows: int) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def main() -> None:
+    """Measure every op, print a table, write the JSON."""
     one = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_()
     other = torch.empty_like(one)
     copy = (2 << 30) / median_us(lambda: other.copy_(one), graph=False) / 1e6
@@ -104,7 +105,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    RESULT.write_text(json.dumps(device | {"copy_tb_s": round(copy, 3), "found": found}, indent=1) + "\n")
+    Path(sys.argv[1]).write_text(json.dumps(device | {"copy_tb_s": round(copy, 3), "found": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
-from gpu_cases import CUDA, DEVICE
+from gpu_cases import CUDA, DEVICE, fused
 from torch import Tensor
 
 from countermark_kernels import attention, ieee
@@ -36,7 +37,7 @@ if CUDA:
         "late chunk": ((3000, 200), (4095, 1), (4096, 2)),
         "long decode": ((9000, 1), (511, 1), (512, 1), (1023, 1), (20000, 1)),
     }
-KINDS = ("random", "equal", "zeros", "sink", "scales", "faint")
+KINDS = ("random", "equal", "zeros", "sink", "scales", "faint", "negative", "sharp")
 
 
 def tokens(count: int, heads: int, kv_heads: int, d: int, kind: str, seed: int) -> Heads:
@@ -62,6 +63,10 @@ def tokens(count: int, heads: int, kv_heads: int, d: int, kind: str, seed: int) 
         k[::50], k[::50, :, 0], s_k[::50], s_v[::50] = 0, 127, 2.0**6, 2.0**-30
     elif kind == "scales":
         s_q, s_k, s_v = scales(heads, -60, 2), scales(kv_heads, -40, 2), scales(kv_heads, -100, 23.9)
+    elif kind == "negative":  # no score above zero
+        q[:], k[:] = q.abs(), -k.abs()
+    elif kind == "sharp":  # most weights are zero
+        s_q = scales(heads, 2, 5)
     elif kind == "faint":  # scores under 2^-126: the least integer above one is 1
         s_q[:], s_k[:], s_v = 2.0**-70, 2.0**-65, scales(kv_heads, -1, 0)
     return Heads(q=q, s_q=s_q, k=k, s_k=s_k, v=v, s_v=s_v)
@@ -234,3 +239,23 @@ def test_value_slot_is_a_permutation_within_sixteen() -> None:
     assert all(a // 16 == b // 16 for a, b in zip(order, range(BLOCK), strict=True))
     for w, t, b in itertools.product(range(2), range(4), range(2)):
         assert order[8 * w + 2 * t + b] == 4 * t + 2 * w + b
+
+
+def test_quotients_that_share_a_reciprocal() -> None:
+    """attention_hopper's `_quotient`, step for step, is the quotient, at fractions of nearly 1 and 2 too."""
+    draw = np.random.default_rng(3)
+    count = 1 << 18
+    fractions = [
+        draw.integers(0, 1 << 23, count),
+        draw.integers(0, 64, count),
+        (1 << 23) - 1 - draw.integers(0, 64, count),
+    ]
+    for top, bottom in itertools.product(fractions, fractions):
+        a = np.ldexp((top | 1 << 23).astype(np.float32), draw.integers(-1, 38, count))
+        a[::2] *= -1
+        b = np.ldexp((bottom | 1 << 23).astype(np.float32), draw.integers(-29, 74, count))
+        y = np.float32(1) / b
+        q = a * y
+        for _ in range(2):
+            q = fused(fused(-q, b, a), y, q)
+        assert (q == a / b).all()
