@@ -281,9 +281,9 @@ def _replay_many(args: argparse.Namespace) -> CountermarkError | None:
             body = outcome.as_json() if isinstance(outcome, ReplayResult) else {"replay": word, **_refusal(outcome)}
             _print_json({"bundle": str(path), "simulated": simulated, **body})
         else:
-            why = "" if err is None else f" ({err.code}): {' '.join(terminal.printable(str(err)).split())}"
+            why = "" if err is None else f" ({err.code}): {_one_line(err)}"
             kind = f" ({outcome.equivalence.value})" if isinstance(outcome, ReplayResult) and err is None else ""
-            print(f"{path}: {word}{kind}{why}", flush=True)
+            print(f"{_one_line(path)}: {word}{kind}{why}", flush=True)
 
     by_profile: dict[str, list[tuple[Path, Verification]]] = {}
     for path in args.bundle:
@@ -349,6 +349,11 @@ def _verified(args: argparse.Namespace, path: Path, policy: Policy, *, quiet: bo
             terminal.show_simulated()
         terminal.show_checks(verified.checks)
     return verified
+
+
+def _one_line(text: object) -> str:
+    """For a line that a file's name or contents must not add another one to."""
+    return " ".join(terminal.printable(str(text)).split())
 
 
 def _rejects(err: CountermarkError) -> bool:

@@ -241,6 +241,7 @@ def replay_many(
     """
     mode = Mode(mode)
     waiting: list[tuple[int, CheckedReceipt, Mapping[str, str]]] = []
+    settled: set[int] = set()
     for number, verified in enumerate(answers):
         receipt = verified.receipt if isinstance(verified, Verification) else verified
         try:
@@ -258,6 +259,7 @@ def replay_many(
         return
     for index, found in runner.audit_many(_recorded_answer(receipt) for _, receipt, _ in waiting):
         number, receipt, local = waiting[index]
+        settled.add(index)
         try:
             if isinstance(found, CountermarkError):
                 raise found
@@ -266,6 +268,10 @@ def replay_many(
             yield number, err
         else:
             yield number, _result(receipt, mode, local, divergence)
+    for index, (number, _, _) in enumerate(waiting):
+        if index not in settled:
+            message = "audit: expected a result for every answer, got none for this one"
+            yield number, Undecidable(message, code="replay.no_result")
 
 
 def _runnable_on(receipt: CheckedReceipt, runner: Runner) -> Mapping[str, str]:

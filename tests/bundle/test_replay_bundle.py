@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,29 @@ def test_the_worst_of_several_is_the_exit_code(
     other.given = []
     assert replay_files(files, "forged.cmk", "forged.cmk", runner=other, monkeypatch=monkeypatch) == 20
     assert other.given == []
+
+
+def test_a_file_name_adds_no_line(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does it steer the terminal, nor need it be text."""
+    names = ("a.cmk: identical\nb.cmk", "\x1b[2Kc.cmk", os.fsdecode(b"\xff.cmk"))
+    for name in names:
+        (files / name).write_bytes((files / "forged.cmk").read_bytes())
+    assert replay_files(files, *names, runner=Memory(), monkeypatch=monkeypatch) == 20
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(" refused (receipt.output_text): " in line for line in lines[:3])
+    "".join(lines).encode()  # fails on what is no character
+    assert all(c.isprintable() for line in lines for c in line)
+
+
+def test_a_runner_that_leaves_one_out(verified: Verification, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is known of that one, which is not that it is identical."""
+    runner, honest = Memory(), Memory()
+    monkeypatch.setattr(runner, "audit_many", lambda answers: list(honest.audit_many(answers))[:-1])
+    outcomes = dict(replay_many([verified, verified], runner))
+    assert isinstance(outcomes[1], ReplayResult)
+    assert isinstance(outcomes[0], Undecidable) and outcomes[0].code == "replay.no_result"
 
 
 def test_one_bundle_prints_one_object(
