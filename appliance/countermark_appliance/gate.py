@@ -1,4 +1,5 @@
-"""What every call passes: the peer must be a connection of the front end, and errors become statuses with codes.
+"""What every call passes: the peer must be a connection of the front end, its client takes what it is sent, and errors
+become statuses with codes.
 
 Status details are our own messages, which hold neither secrets nor prompts. An exception that is not ours becomes
 INTERNAL without its message, and is logged by type and place only, because its text may quote what it choked on.
@@ -6,9 +7,11 @@ INTERNAL without its message, and is logged by type and place only, because its 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -28,6 +31,7 @@ _BY_CODE: Final = {
     "log.full": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "log.range": grpc.StatusCode.OUT_OF_RANGE,
     "generation.cancelled": grpc.StatusCode.CANCELLED,
+    "stream.stalled": grpc.StatusCode.CANCELLED,
     "generation.deadline": grpc.StatusCode.DEADLINE_EXCEEDED,
     "generation.error": grpc.StatusCode.INTERNAL,
     "server.internal": grpc.StatusCode.INTERNAL,
@@ -48,8 +52,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Wraps the handlers of every service on the server, health and reflection included."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, stall_s: float) -> None:
+        """`stall_s`: how long a message of a stream may wait for its client to take it; then the stream is reset."""
         self._connections = connections
+        self._stall_s = stall_s
 
     async def intercept_service(
         self,
@@ -69,13 +75,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
     def _guard(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.isasyncgenfunction(behaviour):
 
-            async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            async def stream(request: Any, context: Context) -> None:
                 try:
                     self._connections.of(context.peer())
-                    async for message in behaviour(request, context):
-                        yield message
+                    async with contextlib.aclosing(behaviour(request, context)) as messages:
+                        async for message in messages:
+                            await self._send(message, context)
                 except Exception as err:  # noqa: BLE001  the boundary: see the module docstring
-                    await _abort(context, err)
+                    with contextlib.suppress(TimeoutError):  # the status waits in grpcio for who takes nothing
+                        await asyncio.wait_for(_abort(context, err), self._stall_s)
 
             return stream
 
@@ -87,6 +95,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
                 await _abort(context, err)
 
         return call
+
+    async def _send(self, message: Any, context: Context) -> None:
+        try:
+            await asyncio.wait_for(context.write(message), self._stall_s)
+        except TimeoutError:
+            text = f"stream: expected its client to take a message within {self._stall_s:g} s"
+            raise Unavailable(text, code="stream.stalled") from None
 
 
 def status_of(err: CountermarkError) -> grpc.StatusCode:

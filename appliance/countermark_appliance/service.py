@@ -84,12 +84,16 @@ class ServiceLimits:
     """`generations`: requests alive at a time, from INTENT to receipt. `attests_per_s`: refill of a bucket of
     `attest_burst` shared by all clients. `streams`: calls at a time on one connection; grpcio holds what has come of
     each one's request (up to 4 MiB) before any rule is asked, so times the front end's connections (256) this is what
-    strangers can make us hold: 8 GiB. More requests on a connection wait in the client."""
+    strangers can make us hold: 8 GiB. More requests on a connection wait in the client.
+
+    `stall_s`: a stream whose client takes no message for so long is reset, because what it has not taken is held, and
+    a connection can be alive while one stream's window stays shut."""
 
     generations: int = 80
     attests_per_s: float = 50.0
     attest_burst: int = 100
     streams: int = 8
+    stall_s: float = 60.0
 
 
 class Service:
@@ -163,7 +167,7 @@ class Service:
 
     async def _serve(self) -> None:
         server = grpc.aio.server(
-            interceptors=(Gate(self._connections),),
+            interceptors=(Gate(self._connections, self._limits.stall_s),),
             options=(*_OPTIONS, ("grpc.max_concurrent_streams", self._limits.streams)),
         )
         server.add_generic_rpc_handlers((self._countermark(), self._log()))

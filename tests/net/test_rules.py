@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -28,6 +29,7 @@ from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.engine.places import Places
 from countermark_appliance.frontend import Limits
+from countermark_appliance.generation import Generation
 from countermark_appliance.service import ServiceLimits
 from one_answer import NOW
 
@@ -368,6 +370,34 @@ def test_what_waited_for_a_slow_reader_fits_messages(appliance: Appliance) -> No
         found = [pb.GenerateResponse.FromString(message).tokens for message in stream]
         assert sum(len(tokens.ids) for tokens in found) == 30_000
         assert all(len(tokens.logprobs) == len(tokens.ids) <= 8192 for tokens in found)
+
+
+def test_an_answer_that_nobody_takes_is_let_go(tmp_path: Path) -> None:
+    """The connection answers pings and takes every byte it is sent; only this stream's window stays shut."""
+    with running(tmp_path, limits=ServiceLimits(stall_s=0.5)) as appliance, open_channel(appliance) as hog:
+        attest(hog.grpc_channel)
+        request = codec.encode_generate_request(prompt="long", max_tokens=20_000, logprobs=20)
+        streams = [generate(hog.grpc_channel, request, timeout=60) for _ in range(2)]
+        wait_until(lambda: len(appliance.kinds()) == 5, 30)  # each INTENT and what ended it
+
+        def held() -> int:
+            gc.collect()
+            return sum(type(x) is Generation for x in gc.get_objects())
+
+        wait_until(lambda: held() == 0, 10)
+        appliance.engine.delay_s = 1e-9
+        request = codec.encode_generate_request(prompt="longer", max_tokens=500_000, logprobs=20)
+        streams.append(generate(hog.grpc_channel, request, timeout=60))
+        wait_until(lambda: len(appliance.kinds()) == 7, 30)
+        assert appliance.kinds()[-1] is Kind.ABORT  # one that still computes is cancelled
+        for stream in streams:  # whoever reads again is told
+            assert refusal(lambda: list(stream)) == (grpc.StatusCode.CANCELLED, "stream.stalled")  # noqa: B023
+        assert health(hog.grpc_channel)  # the connection lives
+
+
+def health(channel: grpc.Channel) -> bool:
+    answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def test_an_engine_that_refuses_after_the_intent_gets_an_abort(appliance: Appliance) -> None:
