@@ -29,7 +29,7 @@ SMALL = Scale(runs=12, questions=9, prompt=100, long_prompt=300, tokens=8, resid
 LOAD = functools.partial(TinyArtefact, "qwen3")
 NAMES = [
     *("neighbours", "resident-12", "resident-20", "chunks", "prefix-cache", "preemption", "cancel", "graphs"),
-    *("unobserved", "pages", "buckets", "processes", "sampling"),
+    *("unobserved", "pages", "buckets", "processes", "sampling", "audit"),
 ]
 
 
@@ -189,6 +189,61 @@ def test_the_start_up_test_finds_it_too(monkeypatch: pytest.MonkeyPatch) -> None
     assert differs.value.code == "engine.self_test"
 
 
+def test_one_that_is_wrong_alone_as_in_company(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decodes otherwise than it reads, or feeds itself another token than it drew, whoever is beside it: every run
+    equals its reference, and every token follows from its logits. An audit neither decodes nor carries."""
+
+    def both() -> None:
+        cancel, audit = suite("cancel", "audit").cases
+        assert cancel.status is Status.PASS
+        assert (audit.status, audit.distinct) == (Status.FAIL, 2)
+        assert audit.difference is not None
+        assert audit.difference.position == 1  # the first one after a token of its own
+
+    forward, start = Model.forward, HostExecutor.start
+
+    def decodes_otherwise(self: Model, chunks: Sequence[Chunk]) -> Tensor:
+        out = forward(self, chunks)
+        drawing = [chunk for chunk in chunks if chunk.logits]
+        out[[len(chunk.tokens) == 1 and chunk.start > 0 for chunk in drawing], 7] += 0.25
+        return out
+
+    with monkeypatch.context() as decoding:
+        decoding.setattr(Model, "forward", decodes_otherwise)
+        both()
+
+    def stale(self: HostExecutor, parts: Sequence[Part]) -> Ticket:
+        ticket = start(self, parts)
+        self._ids = [token ^ 1 for token in self._ids]
+        return ticket
+
+    monkeypatch.setattr(HostExecutor, "pipelined", True)
+    monkeypatch.setattr(HostExecutor, "start", stale)
+    both()
+
+
+def test_a_prefix_cache_that_forgets_what_was_before_a_block(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    match, publish = Blocks.match, Blocks.publish
+    found: dict[bytes, int] = {}
+
+    def published(self: Blocks, scope: bytes, tokens: Any, numbers: Any, first: int, end: int) -> int:
+        found.update({str(tokens[i * 64 : i * 64 + 64]).encode(): numbers[i] for i in range(first, end // 64)})
+        return publish(self, scope, tokens, numbers, first, end)
+
+    def matched(self: Blocks, scope: bytes, tokens: Any) -> list[int]:
+        blocks = match(self, scope, tokens)
+        other = found.get(str(tokens[64:128]).encode())
+        if len(blocks) == 1 and other in self._kept:  # the second block of another prompt
+            del self._kept[other]
+            self._references[other] += 1
+            blocks.append(other)
+        return blocks
+
+    monkeypatch.setattr(Blocks, "publish", published)
+    monkeypatch.setattr(Blocks, "match", matched)
+    assert only("prefix-cache").status is Status.FAIL
+
+
 def test_an_engine_that_shows_other_logits_than_it_draws_from(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hook sees constant logits: every digest of logits is equal, and none says anything."""
     start = HostExecutor.start
@@ -236,8 +291,13 @@ def test_a_condition_that_does_not_occur_fails_its_case(unproven: None, monkeypa
         init(self, *args, **{**options, "max_sequences": 3})
 
     monkeypatch.setattr(Scheduler, "__init__", few)
-    for name in ("resident-12", "buckets"):
+    for name in ("resident-12", "buckets", "sampling"):
         assert only(name).status is Status.FAIL
+    monkeypatch.setattr(
+        Scheduler, "__init__", lambda self, *args, **options: init(self, *args, **{**options, "max_sequences": 1})
+    )
+    for name in ("neighbours", "chunks", "cancel", "unobserved"):
+        assert only(name).reason.startswith("not tested:")
 
 
 def test_an_engine_that_breaks_is_a_failure_and_the_others_still_run(

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from countermark_appliance.engine.rig import SILENCE_S, Job, Question, Rig, Run, Seen
+from countermark_appliance.engine.rig import SILENCE_S, STEP_TOKENS, Job, Question, Rig, Run, Seen
 from countermark_appliance.engine.sampling import ResolvedSampling, resolve_sampling
 from countermark_appliance.engine.weights import Artefact
 from countermark_kernels import launch
 from countermark_kernels.cache import BLOCK
 
 SEED = "countermark determinism suite, 1"
-STEP_TOKENS = 8192
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROBE = 0
@@ -100,6 +99,7 @@ class Conditions:
             "buckets": self.buckets,
             "processes": self.processes,
             "sampling": self.sampling,
+            "audit": self.audit,
         }
 
     def neighbours(self, rng: random.Random, facts: Facts) -> Found:
@@ -132,7 +132,7 @@ class Conditions:
 
     def chunks(self, rng: random.Random, facts: Facts) -> Found:
         """The long prompt alone in its first step of each size; another sequence decodes from the first step on."""
-        long, decoder = self._special(1000, self._long, 4), self._special(1001, 1, self._scale.tokens)
+        long, decoder = self._long_question(), self._special(1001, 1, self._scale.tokens)
         sizes = [size for size in CHUNKS if size < self._long]
         sizes += [size for size in CHUNKS if size >= self._long][:1]
         self._references([Job(question=long), Job(question=decoder)])
@@ -145,16 +145,24 @@ class Conditions:
             runs += served
             if seen.chunk != min(size, self._long):
                 unmet = f"expected chunks of {size}, got at most {seen.chunk}"
+            if not seen.mixed:
+                unmet = f"expected a sequence that decodes beside chunks of {size}"
         facts |= {"prompt": self._long, "chunks": sizes}
         return runs, unmet
 
     def prefix_cache(self, _rng: random.Random, facts: Facts) -> Found:
-        """Cold, then hot; then a prompt that goes another way behind the first block; then copies beside each other."""
+        """Cold, then hot; then a prompt that goes another way behind the first block, and one that goes there on as a
+        third does behind another first block; then all beside each other."""
         first = self._special(1002, 2 * BLOCK + 10, self._scale.tokens)
         second = self._special(1003, 2 * BLOCK + 5, self._scale.tokens, begins=first.prompt[: BLOCK + 9])
-        self._references([Job(question=first), Job(question=second)])
+        third = self._special(1004, 2 * BLOCK + 7, self._scale.tokens)
+        crossed = self._special(
+            1005, 2 * BLOCK + 7, self._scale.tokens, begins=(*first.prompt[:BLOCK], *third.prompt[BLOCK:])
+        )
+        together = [first, second, crossed, first, third, second, first]
+        self._references([Job(question=question) for question in together])
         self.rig.forget_prefixes()
-        waves = ([first], [first], [second], [first, second, first, second, first])
+        waves = ([first], [first], [second], [third], [crossed], together)
         runs: list[Run] = []
         cached: list[list[int]] = []
         for wave in waves:
@@ -162,7 +170,7 @@ class Conditions:
             runs += served
             cached.append([run.done.cached_tokens for run in served if run.done is not None])
         facts |= {"cached_tokens": cached}
-        expected = [[0], [2 * BLOCK], [BLOCK], [2 * BLOCK] * 5]
+        expected = [[0], [2 * BLOCK], [BLOCK], [0], [BLOCK], [2 * BLOCK] * len(together)]
         return runs, "" if cached == expected else f"expected cached tokens {expected}, got {cached}"
 
     def preemption(self, rng: random.Random, facts: Facts) -> Found:
@@ -190,7 +198,9 @@ class Conditions:
         runs, seen = self._serve(jobs, together=16, step_tokens=256)
         cut = [len(run.positions) for run in runs if run.job.cancel]
         facts |= {"cancelled_after": cut, "batches": _sizes(seen.rows)}
-        return runs, "" if all(0 < n < 40 for n in cut) else "expected every cancelled answer to be cut"
+        if not all(0 < n < 40 for n in cut):
+            return runs, "expected every cancelled answer to be cut"
+        return runs, "" if max(seen.rows) > 1 else "expected batches of more than one"
 
     def graphs(self, rng: random.Random, facts: Facts) -> Found:
         """The same crowd with CUDA graphs and without."""
@@ -209,12 +219,15 @@ class Conditions:
 
     def unobserved(self, rng: random.Random, facts: Facts) -> Found:
         """At full speed: nobody waits for the device between two steps, so that a race between them could show."""
-        jobs = self._crowd(rng, 100, 100)
+        jobs = self._crowd(rng, self._scale.runs, self._scale.runs)
         self._references(jobs)
         self.rig.forget_prefixes()
         runs, seen = self._serve(jobs, together=max(self._scale.resident), step_tokens=512, observed=False)
-        facts |= {"batches": _sizes(seen.rows), "pipelined": self.rig.executor(True).pipelined}
-        return runs, ""
+        pipelined = self.rig.executor(True).pipelined
+        facts |= {"copies": self._scale.runs, "batches": _sizes(seen.rows), "pipelined": pipelined}
+        if self._device != "cpu" and not pipelined:
+            return runs, "expected one step in flight while the next is planned"
+        return runs, "" if max(seen.rows) > 1 else "expected batches of more than one"
 
     def pages(self, rng: random.Random, facts: Facts) -> Found:
         """Blocks handed out in random order, four times another one."""
@@ -253,7 +266,7 @@ class Conditions:
         self._references(jobs)
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe(duplex=False)
-        threads = max(1, self._threads - 1)
+        threads = self._threads - 1 or 2
         process = context.Process(target=_elsewhere, args=(self._load, self._device, self._scale, threads, there))
         process.start()
         there.close()
@@ -308,14 +321,27 @@ class Conditions:
             )
         jobs = [Job(question=question) for pair in pairs for question in pair] * 3
         rng.shuffle(jobs)
-        runs, _ = self._serve(jobs, together=len(jobs), step_tokens=512)
+        runs, seen = self._serve(jobs, together=len(jobs), step_tokens=512)
         unequal = [
             kind
             for kind, pair in zip(kinds, pairs, strict=True)
             if len({tuple(self.rig.reference(question).positions) for question in pair}) > 1
         ]
-        facts |= {"kinds": list(kinds)}
-        return runs, f"log probabilities change {unequal}" if unequal else ""
+        facts |= {"kinds": list(kinds), "batches": _sizes(seen.rows)}
+        if unequal:
+            return runs, f"log probabilities change {unequal}"
+        return runs, "" if max(seen.rows) > len(kinds) else "expected all kinds in one batch"
+
+    def audit(self, _rng: random.Random, facts: Facts) -> Found:
+        """Every question's answer, a long prompt's and one over several blocks; packed into few passes, then many."""
+        questions = [self._probe, *self._others, self._long_question(), self._special(1050, BLOCK - 4, 2 * BLOCK)]
+        sizes = (STEP_TOKENS, 100)
+        runs = [run for size in sizes for run in self.rig.audit(questions, size)]
+        facts |= {"step_tokens": list(sizes), "positions": sum(question.tokens for question in questions)}
+        return runs, ""
+
+    def _long_question(self) -> Question:
+        return self._special(1000, self._long, 4)
 
     def _buckets(self) -> tuple[int, ...]:
         """Numbers of rows that CUDA graphs are made for."""

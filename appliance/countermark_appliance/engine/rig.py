@@ -7,7 +7,8 @@ all positions that of a run. The rig also watches what it was that ran (batch si
 recomputed sequences), because a condition that did not occur was not tested.
 
 A reference is one run alone. That its tokens and fingerprints follow from the logits it was seen with is computed by
-the kernels' plain references, so that the hook cannot show one thing and the engine deliver another.
+the kernels' plain references, so that the hook cannot show one thing and the engine deliver another. That the logits
+follow from the tokens is for `Rig.audit` to find.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from countermark.errors import CountermarkError
+from countermark_appliance.engine.audit import Recording, audit_all
 from countermark_appliance.engine.executor import make_executor
 from countermark_appliance.engine.loop import Loop
 from countermark_appliance.engine.model import Model
@@ -37,6 +40,7 @@ from countermark_appliance.engine.weights import Artefact
 from countermark_kernels import fingerprint, sampler
 from countermark_kernels.cache import KvCache
 
+STEP_TOKENS = 8192
 SILENCE_S = 600.0
 """So long without an event means that the engine hangs."""
 
@@ -88,6 +92,8 @@ class Reference:
     digests: list[bytes]
     positions: list[bytes]
     logprobs: tuple[TokenLogprob, ...]
+    tokens: tuple[int, ...]
+    fingerprints: tuple[bytes, ...]
 
     def digest(self, tokens: int) -> bytes:
         return hashlib.sha256(b"".join(self.positions[:tokens])).digest()
@@ -135,6 +141,7 @@ class Seen:
 
     rows: set[int] = field(default_factory=set)  # sizes of batches: rows drawn in a step
     chunk: int = 0  # the most tokens of one sequence in a step
+    mixed: int = 0  # steps with a piece of a prompt beside a sequence that decodes
     resident: int = 0  # the most sequences that had blocks
     recomputed: int = 0  # sequences that computed again what they had drawn from before
     tables: set[tuple[int, ...]] = field(default_factory=set)  # of parts that drew
@@ -170,9 +177,32 @@ class Rig:
         """The question answered alone, on first use. Raises ValueError where the engine contradicts its own logits."""
         if question.number not in self._references:
             self.forget_prefixes()
-            ((run,), _) = self.serve([Job(question=question)], together=1, step_tokens=8192)
+            ((run,), _) = self.serve([Job(question=question)], together=1, step_tokens=STEP_TOKENS)
             self._references[question.number] = _as_reference(run)
         return self._references[question.number]
+
+    def audit(self, questions: Seq[Question], step_tokens: int) -> list[Run]:
+        """The references' tokens and fingerprints again, by the passes that check recorded answers.
+
+        Teacher-forced and not by an executor: nothing is decoded, carried from step to step or found computed, so that
+        what goes wrong alone exactly as it does in company is found.
+        """
+        runs = [Run(job=Job(question=question), reference=self.reference(question)) for question in questions]
+        recordings = [_recording(i, run) for i, run in enumerate(runs)]
+        for found in audit_all(self.model, recordings, step_tokens):
+            run, outcome = runs[found.index], found.outcome
+            assert run.reference is not None
+            if outcome is None:
+                run.positions = run.reference.positions
+            elif isinstance(outcome, CountermarkError):
+                run.differs(0, "an audit without an error", str(outcome))
+            else:
+                local, recorded = (
+                    f"token {outcome[f'{side}_token']}, fingerprint {outcome[f'{side}_fingerprint']}"
+                    for side in ("local", "recorded")
+                )
+                run.differs(int(str(outcome["position"])), recorded, local)
+        return runs
 
     def forget_prefixes(self) -> None:
         """Every block of the pool becomes free, and they are handed out in ascending order."""
@@ -293,6 +323,7 @@ class _Watched:
         seen.steps += 1
         seen.rows.add(len(drawn))
         seen.chunk = max(seen.chunk, *(part.count for part in parts))
+        seen.mixed += len({part.count > 1 for part in parts}) > 1
         seen.resident = max(seen.resident, self._scheduler.running)
         for part in drawn:
             assert part.row is not None
@@ -319,6 +350,18 @@ def _prepared(run: Run) -> Prepared:
         sampling=question.sampling,
         ignore_eos=True,
         logprobs=question.logprobs,
+    )
+
+
+def _recording(index: int, run: Run) -> Recording:
+    question, reference = run.job.question, run.reference
+    assert reference is not None
+    return Recording(
+        index=index,
+        tokens=[*question.prompt, *reference.tokens],
+        prompt=len(question.prompt),
+        fingerprints=reference.fingerprints,
+        params=question.sampling.kernel_params(),
     )
 
 
@@ -383,4 +426,6 @@ def _as_reference(run: Run) -> Reference:
         digests=[run.digests[i] for i in range(len(rows))],
         positions=run.positions,
         logprobs=tuple(run.logprobs),
+        tokens=done.output_tokens,
+        fingerprints=done.fingerprints,
     )
