@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -372,19 +373,18 @@ def test_what_waited_for_a_slow_reader_fits_messages(appliance: Appliance) -> No
         assert all(len(tokens.logprobs) == len(tokens.ids) <= 8192 for tokens in found)
 
 
-def test_an_answer_that_nobody_takes_is_let_go(tmp_path: Path) -> None:
+def test_an_answer_that_nobody_takes_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection answers pings and takes every byte it is sent; only this stream's window stays shut."""
+    made: list[weakref.ref[Generation]] = []
+    run = Generation.run
+    monkeypatch.setattr(Generation, "run", lambda self: (made.append(weakref.ref(self)), run(self))[1])
     with running(tmp_path, limits=ServiceLimits(stall_s=0.5)) as appliance, open_channel(appliance) as hog:
         attest(hog.grpc_channel)
-        request = codec.encode_generate_request(prompt="long", max_tokens=20_000, logprobs=20)
+        request = codec.encode_generate_request(prompt="long", max_tokens=50_000, logprobs=20)
         streams = [generate(hog.grpc_channel, request, timeout=60) for _ in range(2)]
         wait_until(lambda: len(appliance.kinds()) == 5, 30)  # each INTENT and what ended it
 
-        def held() -> int:
-            gc.collect()
-            return sum(type(x) is Generation for x in gc.get_objects())
-
-        wait_until(lambda: held() == 0, 10)
+        wait_until(lambda: gc.collect() >= 0 and not any(one() for one in made), 10)
         appliance.engine.delay_s = 1e-9
         request = codec.encode_generate_request(prompt="longer", max_tokens=500_000, logprobs=20)
         streams.append(generate(hog.grpc_channel, request, timeout=60))
