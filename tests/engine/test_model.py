@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,36 @@ def test_the_default_size(context: int, tokens: int, monkeypatch: pytest.MonkeyP
 def test_available_memory_is_what_free_says() -> None:
     said = subprocess.run(["free", "-b"], capture_output=True, text=True, check=True).stdout.splitlines()[1].split()[-1]
     assert available_bytes() == pytest.approx(int(said), rel=0.2)
+
+
+def test_a_control_group_may_leave_less_than_the_system_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's files read: the tightest group on the way up counts, page cache that can go does not."""
+    whole = available_bytes()
+
+    def group(path: str, most: str, used: int, cache: int) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / path / "memory.stat").write_text(f"anon 5\nfile 900\ninactive_file {cache}\nactive_file 3\n")
+
+    own = tmp_path / "cgroup"
+    own.write_text("1:cpu:/elsewhere\n0::/pod/box\n")
+    monkeypatch.setattr(module, "_GROUPS", tmp_path)
+    monkeypatch.setattr(module, "_OWN_GROUP", own)
+    assert available_bytes() == pytest.approx(whole, rel=0.2)  # no such folder: nothing is known of a limit
+    group("pod/box", "max", 7000, 0)
+    assert available_bytes() == pytest.approx(whole, rel=0.2)
+    group("pod", "100000", 60000, 1000)
+    assert available_bytes() == 41000
+    group("pod/box", "20000", 7000, 500)
+    assert available_bytes() == 13500
+    group("pod/box", "20000", 30000, 0)
+    assert available_bytes() == 0
+    own.write_text("0::/\n")
+    group("", "30000", 1000, 0)
+    assert available_bytes() == 29000
+    (tmp_path / "memory.current").write_text("nonsense")
+    assert available_bytes() == pytest.approx(whole, rel=0.2)
 
 
 def test_where_memory_is_short_it_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:

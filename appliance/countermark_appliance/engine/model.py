@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ BATCH_SEQUENCES, BATCH_CONTEXT = 16, 8192
 """On a CPU the pool has room for one sequence of the whole context, and for 16 of it or of 8,192 tokens."""
 POOL_TOKENS = 1 << 20
 """On a GPU the pool holds at most so many tokens, or as many as half of its free memory has room for."""
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # what torch's CPU allocator says
 
 
@@ -204,12 +205,33 @@ class Model:
 
 
 def available_bytes() -> int:
-    """Memory that the system could hand out without swapping."""
+    """Memory that this process could still have without swapping: the system's, or what its control groups leave it."""
+    return min([_left_in_system(), *_left_in_groups()])
+
+
+def _left_in_system() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_in_groups() -> list[int]:
+    """Of this process's group and each above it that has a limit; cgroup v2. A container sees its own as the root."""
+    try:
+        own = next(line[3:] for line in _OWN_GROUP.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    left: list[int] = []
+    for group in (_GROUPS / own.strip("/"), *(_GROUPS / own.strip("/")).parents):
+        with suppress(OSError, ValueError, KeyError):  # no such file, or "max": no limit
+            most, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            left.append(max(0, most - used + int(stat["inactive_file"])))  # page cache that goes first
+        if group == _GROUPS:
+            break
+    return left
 
 
 @contextmanager
