@@ -13,12 +13,14 @@ scheduler and its loop, tokens back as events. Each request's prompt is drawn an
     prefill     16 prompts of 2,048 tokens: prompt tokens a second until every first token is out, median
     ttft        one prompt of 2,048 tokens: from `submit` to its first token, median
     audit       1,024 + 1,024 tokens (temperature 0.8, top-p 0.95) checked by teacher-forced passes: against generating
-                them at batch 1, and the rate over 16 of them; every token and fingerprint has to be as generated
+                them at batch 1, the better of two, and the rate over 16 of them; every token and fingerprint has to be
+                as generated
     profile     time on the GPU by kind of kernel, of a decode step at each batch and of prefill steps
 
-`limits` is what this GPU's memory and matrix units would allow, by a copy and by products of 8,192 squared measured in
-the same run: for decode the bytes of weights, keys and values, or the products if they take longer; for prefill the
-products of the linear layers alone. vLLM's figures come from another run on the same kind of GPU.
+`limits` is what this GPU's memory and matrix units would allow, by a copy measured in the same run and by the products
+of the data sheet (libraries' products, measured too, are slower than some of ours): for decode the bytes of weights,
+keys and values, or the products if they take longer; for prefill the products of the linear layers alone. vLLM's
+figures come from another run on another GPU of the same kind, which was not equally fast.
 
 A path runs in a process of its own, and a part that fails is reported and left out, so the others go on; FILE is
 written after each part, and parts that are asked for are added to what it has of the same device and kernels.
@@ -57,7 +59,9 @@ VLLM = {
         "decode": {"1": 65, "16": 832, "64": 3854, "256": 15671}, "prefill": 32770, "ttft_ms": 67,
     },
 }  # fmt: skip
-VLLM_RUN = "vLLM 0.20.0, Qwen3-8B shapes, another run on an H100 80GB, 2026-11-22"
+VLLM_RUN = {"what": "vLLM 0.20.0, Qwen3-8B shapes, an H100 80GB, 2026-11-22", "bf16_flops_per_second": 759e12}
+HOPPER = {"int8": 1979e12, "bf16": 989e12}  # dense products a second, of the data sheet
+DATA_SHEETS = {"NVIDIA H100 80GB HBM3": HOPPER, "NVIDIA H200": HOPPER}
 PATH_S = 420
 
 
@@ -70,13 +74,18 @@ PATHS: dict[str, Callable[[Shape, torch.device, Amounts], Way]] = {
 PARTS = ("limits", "decode", "sampled", "context", "prefill", "ttft", "audit", "profile")
 
 
-def limits(shape: Shape, size: Amounts, machine: dict[str, float]) -> dict[str, Any]:
-    """What memory and matrix units alone would allow the exact path and the bf16 path."""
+def limits(shape: Shape, size: Amounts, machine: dict[str, float], device: str) -> dict[str, Any]:
+    """What memory and matrix units alone would allow the exact path and the bf16 path.
+
+    A `device` whose data sheet is not here is taken at the measured products.
+    """
+    measured = {"int8": machine["int8_ops_per_second"], "bf16": machine["bf16_flops_per_second"]}
+    products = DATA_SHEETS.get(device, measured)
     memory, values = machine["copy_bytes_per_second"], shape.linear_values + shape.head_values
     found = {}
     for name, value_bytes, scale_bytes, rate in (
-        (PROFILE, 1, 4, machine["int8_ops_per_second"]),
-        ("bf16", 2, 0, machine["bf16_flops_per_second"]),
+        (PROFILE, 1, 4, products["int8"]),
+        ("bf16", 2, 0, products["bf16"]),
     ):
         kv_bytes, half, seconds = (
             shape.kv_bytes(value_bytes, scale_bytes),
@@ -93,6 +102,7 @@ def limits(shape: Shape, size: Amounts, machine: dict[str, float]) -> dict[str, 
             "decode": {str(n): rates[size.prompt, n] for n in size.batches},
             "context": {str(n): rates[size.context, n] for n in size.context_batches},
             "prefill": 1 / seconds,
+            "products_per_second": rate,
             "ttft_ms": 1e3 * size.context * seconds,
         }
     return found
@@ -157,7 +167,7 @@ class Book:
             "protocol": {k: getattr(size, k) for k in size.__slots__} | {"step_tokens": STEP_TOKENS[args.device]},
             "found": {},
             "failed": {},
-            "another_run": {"what": VLLM_RUN, "rows": VLLM},
+            "another_run": {**VLLM_RUN, "rows": VLLM},
         }
         same = ("device", "kernel_digest", "versions", "shape", "protocol")
         if not fresh and file.exists():
@@ -190,7 +200,7 @@ class Book:
 
     def _limit(self) -> None:
         machine = self.result["found"].get("machine", {}).get("limits")
-        self.result["limits"] = limits(self._shape, self._size, machine) if machine else {}
+        self.result["limits"] = limits(self._shape, self._size, machine, self.result["device"]) if machine else {}
 
 
 def _device(device: str) -> dict[str, str]:

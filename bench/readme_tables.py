@@ -154,12 +154,18 @@ def engine_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Shapes of {shape['name']}, generated weights, the whole engine: scheduler, sampler, fingerprints, text.",
-        f"Decode: prompts of {size['prompt']} tokens, {size['tokens']} new ones each, greedy, while all answers grow.",
+        f"Decode: prompts of {size['prompt']} tokens, {size['tokens']} new ones each, greedy, while all answers grow;",
+        f"the median of stretches of 16 steps{_below_median(found.get(profile, {}))}.",
         f"TTFT: a prompt of {size['context']:,} tokens alone. In brackets how many times faster we were. bf16: cuBLAS",
-        f"and SDPA behind the same scheduler. {other['what']}.",
-        "Limits: bytes moved at the speed of a copy, or products at that of one large product, both measured in this",
-        "run; for prefill the linear layers alone.",
+        "and SDPA behind the same scheduler.",
+        *_another_run(other, found.get("machine", {}).get("limits")),
     ]
+    if limits:
+        int8, bf16 = (limit["products_per_second"] / 1e12 for limit in limits.values())
+        lines += [
+            "Limits: bytes moved at the speed of a copy, measured in this run, or products at the data sheet's",
+            f"{int8:,.0f} (int8) and {bf16:,.0f} (bf16) tera a second; for prefill the linear layers alone.",
+        ]
     audit = found.get(profile, {}).get("audit")
     if audit:
         lines += [
@@ -176,8 +182,29 @@ def engine_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _below_median(parts: dict[str, Any]) -> str:
+    """By how much the mean is less, at most: what a median hides."""
+    figures = [f for part in ("decode", "sampled", "context") for f in parts.get(part, {}).values() if "mean" in f]
+    if not figures:
+        return ""
+    most = max(1 - f["mean"] / f["tokens_per_second"] for f in figures)
+    return f", the mean of which is lower by at most {100 * max(most, 0):.0f} %"
+
+
+def _another_run(other: dict[str, Any], machine: dict[str, float] | None) -> list[str]:
+    """That vLLM's figures are not of this GPU, and which of the two is faster."""
+    lines = [f"vLLM's rows are not of this run: {other['what']}."]
+    if machine:
+        there, here = other["bf16_flops_per_second"] / 1e12, machine["bf16_flops_per_second"] / 1e12
+        lines += [
+            f"That GPU was {'faster' if there > here else 'slower'} than this one: cuBLAS bf16 products at",
+            f"{there:.0f} TFLOP/s there, {here:.0f} here. Those ratios compare two GPUs as well as two engines.",
+        ]
+    return lines
+
+
 def _profile_lines(steps: dict[str, Any]) -> list[str]:
-    """Milliseconds of a step on the GPU by kind of kernel, as a table."""
+    """Milliseconds of a step on the GPU by kind of kernel, as a table, and how to read it."""
     totals: dict[str, float] = {}
     for step in steps.values():
         for name, part in step["groups"].items():
@@ -190,7 +217,12 @@ def _profile_lines(steps: dict[str, Any]) -> list[str]:
     for name, step in steps.items():
         parts = [f"{step['groups'][n]['ms']:.2f}" if n in step["groups"] else "" for n in names]
         lines.append(f"| {name} | {' | '.join(parts)} | {step['busy_ms']:.2f} | {step['wall_ms']:.2f} |")
-    return lines
+    return [
+        *lines,
+        "",
+        "Kernels are timed under a profiler, which slows them a little; the wall time is without it. Where two",
+        "operations have a kernel of one name, its time stands in a column of both.",
+    ]
 
 
 def parity_lines(results: dict[str, dict[str, Any]]) -> str:
