@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_a_step_that_draws_nothing(model: Model) -> None:
     assert seen == []
     executor.close()
     executor.close()
+
+
+def test_the_executor_of_a_gpu_has_rows_for_all_that_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of more rows than it has room for would end the engine's thread."""
+    from countermark_appliance.engine import graphs
+
+    made: list[int] = []
+    monkeypatch.setattr(graphs, "GraphExecutor", lambda _, *, max_rows, observe: made.append(max_rows))
+    there = SimpleNamespace(device=torch.device("cuda"))
+    for asked in (1, 256, 300):
+        make_executor(there, rows=asked)  # type: ignore[arg-type]
+    assert made == [256, 256, 300]
 
 
 def test_records_differ_where_parameters_do() -> None:

@@ -33,7 +33,7 @@ class Late:
 
     pipelined = True
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, rows: int) -> None:
         self._host = HostExecutor(model)
         self._pending: list[LateTicket] = []
         self.carried = 0

@@ -137,7 +137,7 @@ class Engine:
             threads=threads,
             self_test=digest.hex(),
         )
-        self._executor = make_executor(self._model)
+        self._executor = make_executor(self._model, rows=max_sequences)
         scheduler = Scheduler(
             self._model.blocks,
             functools.partial(KvCache, self._model.pool),

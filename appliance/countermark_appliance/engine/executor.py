@@ -23,13 +23,14 @@ Observe = Callable[[Sequence[Row], Tensor], None]
 """Sees the raw logits, [rows, vocab] f32, of every row that is drawn."""
 
 
-def make_executor(model: Model, *, graphs: bool = True, observe: Observe | None = None) -> Executor:
-    """The executor for the device of `model`. `graphs`: whether CUDA graphs may be used."""
+def make_executor(model: Model, *, rows: int = 256, graphs: bool = True, observe: Observe | None = None) -> Executor:
+    """The executor for the device of `model`. `rows`: draws of a step at most. `graphs`: whether CUDA graphs may be
+    used."""
     if model.device.type != "cuda" or not graphs:
         return HostExecutor(model, observe=observe)
-    from countermark_appliance.engine.graphs import GraphExecutor  # noqa: PLC0415  triton is only there with a GPU
+    from countermark_appliance.engine.graphs import ROWS, GraphExecutor  # noqa: PLC0415  triton: only with a GPU
 
-    return GraphExecutor(model, observe=observe)
+    return GraphExecutor(model, max_rows=max(rows, ROWS[-1]), observe=observe)
 
 
 class _Done:
