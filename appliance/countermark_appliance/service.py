@@ -120,6 +120,7 @@ class Service:
         # Commits wait for a group fsync, so that many must be able to wait together.
         self._blocking = ThreadPoolExecutor(32, "countermark-service")
         self._quoting = ThreadPoolExecutor(2, "countermark-attest")
+        self._reading = ThreadPoolExecutor(4, "countermark-log")  # anybody may, so nothing else waits behind it
         self._generations: dict[asyncio.Task[None], Generation] = {}
         self._stopping = False
         self._started = threading.Event()
@@ -154,6 +155,7 @@ class Service:
             self._loop.close()
         self._blocking.shutdown()
         self._quoting.shutdown()
+        self._reading.shutdown(cancel_futures=True)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -295,7 +297,7 @@ class Service:
 
         async def handle(data: bytes, context: Context) -> bytes:
             request = codec.parse_message(kind, data)
-            response = await self._loop.run_in_executor(self._blocking, answer, request)
+            response = await self._loop.run_in_executor(self._reading, answer, request)
             return response.SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handle)

@@ -232,6 +232,19 @@ def test_one_client_cannot_take_all_places() -> None:
         engine.close()
 
 
+def test_a_place_comes_back_however_submitting_fails(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = engine.prepare(Request(prompt="x"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(engine_module, "Sequence", broken)
+    for place in (engine.reserve(b"me"), None):
+        with pytest.raises(MemoryError):
+            engine.submit(prepared, lambda _: None, place=place)
+        assert engine._places._taken == 0
+
+
 def test_the_advised_wait_follows_what_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the clock: what is advised while the first answers are computed is about how far apart answers end."""
     monkeypatch.setattr("countermark_appliance.engine.loop.RATE_S", 0.01)

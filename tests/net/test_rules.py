@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,26 @@ def test_more_requests_than_streams_wait_and_are_served(tmp_path: Path) -> None:
         with ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda n: session.generate("wait for it", max_tokens=n).result(), range(1, 7)))
         assert [len(answer.tokens) for answer in answers] == [1, 2, 3, 4, 5, 6]
+
+
+def test_reading_the_log_holds_up_no_request(tmp_path: Path) -> None:
+    """Anybody may read it, without Attest and as often as they like; here every read takes for ever."""
+    go_on = threading.Event()
+
+    def slow(recorder: Any) -> Any:
+        return Wrapped(recorder, consistency=lambda *_: go_on.wait(60) and ())
+
+    with running(tmp_path, recorder=slow) as appliance, ExitStack() as stack, ThreadPoolExecutor(48) as pool:
+        channels = [stack.enter_context(open_channel(appliance)) for _ in range(6)]
+        method, request = f"/{codec.LOG_SERVICE}/GetConsistencyProof", pb.GetConsistencyProofRequest()
+        reads = [pool.submit(call, c.grpc_channel, method, request) for c in channels for _ in range(8)]
+        try:
+            with appliance.connect() as session:
+                time.sleep(0.5)
+                assert len(session.generate("me first", max_tokens=3, timeout_s=5).result().tokens) == 3
+            assert not any(read.done() for read in reads)
+        finally:
+            go_on.set()
 
 
 def test_too_many_requests_are_refused_before_the_log(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TypedDict
 
 import torch
 
-from countermark.errors import RequestError, Unavailable
+from countermark.errors import RequestError
 from countermark_appliance.engine.assembler import Assembler
 from countermark_appliance.engine.executor import make_executor
 from countermark_appliance.engine.loop import Loop
@@ -205,10 +205,10 @@ class Engine:
         """
         place = place or self.reserve()
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
-        sequence = Sequence(prepared, sink, self._tokenizer, deadline=deadline, release=place.release)
         try:
+            sequence = Sequence(prepared, sink, self._tokenizer, deadline=deadline, release=place.release)
             self._loop.submit(sequence)
-        except Unavailable:
+        except BaseException:
             place.release()
             raise
         return sequence
