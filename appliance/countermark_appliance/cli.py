@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -164,6 +165,9 @@ def _selftest(args: argparse.Namespace) -> dict[str, object] | None:
 
 
 def _selftest_full(args: argparse.Namespace) -> None:
+    if args.report and (args.report.is_dir() or not os.access(args.report.absolute().parent, os.W_OK)):
+        message = f"--report: expected a file in a folder we may write to, got {args.report}"
+        raise UsageError(message, code="usage.file")
     from countermark_appliance.engine import determinism, weights  # noqa: PLC0415
     from countermark_appliance.engine.conditions import Scale  # noqa: PLC0415
 

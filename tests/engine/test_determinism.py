@@ -381,6 +381,12 @@ def test_the_command_in_full(
     assert report["passed"] is True
     assert "CUDA graphs need a GPU" in seen.err
 
+    for nowhere in (tmp_path, tmp_path / "absent" / "report.json"):  # said at once, not after minutes
+        monkeypatch.setattr(determinism, "run_suite", lambda *_, **__: pytest.fail("it ran"))
+        assert cli.main([*argv, "--report", str(nowhere)]) == 1
+        assert "usage.file" in capsys.readouterr().err
+    monkeypatch.setattr(determinism, "run_suite", run_suite)
+
     last_bit(monkeypatch, lambda chunks: 2 < drawing(chunks) < 40)
     assert cli.main([*argv, "--json"]) == 1
     seen = capsys.readouterr()
