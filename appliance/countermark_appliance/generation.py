@@ -158,8 +158,8 @@ class Generation:
         return self._order.attested.quote_digest
 
     async def _live(self, place: Place) -> None:
-        request = _engine_request(self._order.request, self._scope)
         try:
+            request = _engine_request(self._order.request, self._scope)
             prepared = await self._blocking(lambda: self._engine.prepare(request))
             if self._abandoned is not None:
                 raise _ended(self._abandoned)

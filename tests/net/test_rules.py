@@ -257,6 +257,22 @@ def test_stray_exceptions_say_nothing(appliance: Appliance, caplog: pytest.LogCa
     assert "a prompt nobody logs" not in caplog.text
 
 
+def test_a_stray_exception_anywhere_before_the_record_is_an_answer(
+    appliance: Appliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with appliance.connect() as session:
+        for at in ("_engine_request", "Request", "Message"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"countermark_appliance.generation.{at}", broken)
+                with pytest.raises(Unavailable) as caught:
+                    session.generate(messages=[("user", "anything")], timeout_s=5)
+                assert caught.value.code == "server.internal"
+        assert appliance.engine.places._taken == 0
+
+
 def test_attest_is_rate_limited_and_says_when_to_come_back(tmp_path: Path) -> None:
     with running(tmp_path, limits=ServiceLimits(attests_per_s=0.01, attest_burst=1)) as appliance:
         with open_channel(appliance) as channel:

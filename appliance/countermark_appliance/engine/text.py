@@ -8,6 +8,7 @@ one place that says when an answer is over and what it reads; the engine and a r
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
 from countermark_appliance.engine.request import Finish
@@ -55,7 +56,7 @@ class TextStream:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._stop = tuple(stop)
+        self._stop = sorted(set(stop))
         self._longest = max(map(len, stop), default=0)
         self._firsts = frozenset(text[0] for text in stop)
         self._held = ""
@@ -98,6 +99,7 @@ class TextStream:
         longest = min(len(self._held), self._longest - 1)
         for length in range(longest, 0, -1):
             tail = self._held[-length:]
-            if any(stop.startswith(tail) for stop in self._stop):
+            at = bisect_left(self._stop, tail)  # whatever begins with it follows it in this order
+            if at < len(self._stop) and self._stop[at].startswith(tail):
                 return length
         return 0
