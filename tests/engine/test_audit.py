@@ -18,6 +18,7 @@ from countermark_appliance.engine import audit
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.replay import ExactRunner, Recorded
 from countermark_appliance.engine.sampling import resolve_sampling
+from countermark_appliance.engine.step import Row
 from countermark_kernels.ieee import NumericsError
 
 
@@ -253,6 +254,26 @@ def test_too_little_memory_for_a_step_makes_smaller_steps(
     assert fragile.calls > 20
     monkeypatch.undo()
     Fragile(model, monkeypatch, most=0)
+    found = dict(runner.audit_many(answers[:3]))
+    assert found[0] is None  # of no token
+    assert [key(found[i]) for i in (1, 2)] == [(Undecidable, "replay.memory")] * 2
+
+
+def test_too_little_memory_for_the_draws_too(
+    runner: ExactRunner, answers: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU torch says so in its own way, and a whole audit of others must not end with it."""
+    draw = audit.draw
+
+    def scarce(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[bytes]]:
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return draw(logits, rows)
+
+    monkeypatch.setattr(audit, "draw", scarce)
+    most = 5
+    assert together(runner, answers) == [None] * len(answers)
+    most = 0
     found = dict(runner.audit_many(answers[:3]))
     assert found[0] is None  # of no token
     assert [key(found[i]) for i in (1, 2)] == [(Undecidable, "replay.memory")] * 2

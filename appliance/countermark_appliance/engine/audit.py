@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from countermark.errors import CountermarkError, ReplayDiverged, Undecidable
@@ -160,6 +161,16 @@ def _compute(model: Model, pieces: Sequence[_Piece]) -> list[Difference | None]:
         for length in range(piece.stop - piece.rows + 1, piece.stop + 1):
             rows.append((number, Row(params=r.params, tokens=r.tokens, prompt=r.prompt, length=length)))
     hidden = model.hidden(chunks)
+    try:
+        return _compared(model, pieces, rows, hidden)
+    except torch.OutOfMemoryError as err:
+        raise MemoryError("audit: expected memory for the draws") from err
+
+
+def _compared(
+    model: Model, pieces: Sequence[_Piece], rows: Sequence[tuple[int, Row]], hidden: Tensor
+) -> list[Difference | None]:
+    """`rows`: of each wanted row of `hidden` its piece's number and what it was drawn with."""
     found: list[Difference | None] = [None] * len(pieces)
     size = max(1, LOGITS_BYTES // (4 * model.vocab))
     for first in range(0, len(rows), size):
@@ -196,9 +207,9 @@ def _release(recording: Recording) -> None:
         recording.cache = None
 
 
-def failed(err: NumericsError | MemoryError) -> CountermarkError:
+def failed(err: NumericsError | MemoryError | torch.OutOfMemoryError) -> CountermarkError:
     """What a single answer's failure means to whoever wants it run again."""
-    if isinstance(err, MemoryError):
+    if not isinstance(err, NumericsError):
         return Undecidable("replay: expected memory for this answer, got none", code="replay.memory")
     message = f"replay: expected values of the profile's range, got {err.code} at {describe(err)}"
     return ReplayDiverged(message, code="replay.numerics")

@@ -170,7 +170,7 @@ class ExactRunner:
         output = self._output(limit, stop, ignore_eos)
         try:
             marks = self._generate(tokens, params, output, self._model.new_cache(len(tokens) + limit))
-        except (NumericsError, MemoryError) as err:
+        except (NumericsError, MemoryError, torch.OutOfMemoryError) as err:
             raise failed(err) from err
         return tuple(tokens[len(prompt_tokens) :]), tuple(marks)
 
