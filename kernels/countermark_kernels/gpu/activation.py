@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import flags, hadamard, ieee
+from countermark_kernels.gpu import flags, hadamard, ieee, overlap
 from countermark_kernels.gpu.quantise import factors
 
 CHUNK = 4096
@@ -48,8 +48,11 @@ def _factors(top, flag):
 
 @triton.jit
 def _kernel(
-    gate_up, q, s, flag, width, PARTS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr
-):  # parts of CHUNK values, the last filled up with zeros; a Hadamard block never spans two
+    gate_up, q, s, flag, width,
+    PARTS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A row in parts of CHUNK values, the last filled up with zeros; a Hadamard block never spans two."""
+    overlap.begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     parts = ()
     top = 0
@@ -66,8 +69,10 @@ def _kernel(
 
 @triton.jit
 def _shared_kernel(
-    gate_up, q, s, flag, mixed, tops, arrivals, width, PART: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr
-):
+    gate_up, q, s, flag, mixed, tops, arrivals, width,
+    PART: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    overlap.begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * PART + tl.arange(0, PART)
     h = _mixed(gate_up + row * 2 * width, width, at, PART, STAGES)
@@ -100,7 +105,7 @@ def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     s = torch.empty(rows, device=gate_up.device)
     given = (gate_up, q, s, flags.word(gate_up.device))
     size = triton.next_power_of_2(width)
-    stages = {"STAGES": block.bit_length() - 1, **ieee.EXACT}
+    stages = {"STAGES": block.bit_length() - 1, **overlap.launch(gate_up.device, rows), **ieee.EXACT}
     if rows > FEW:
         chunk = min(size, CHUNK)
         parts = {"PARTS": triton.cdiv(width, chunk), "CHUNK": chunk, "num_warps": max(chunk // 512, 1)}

@@ -1,8 +1,8 @@
 """Attention of few rows: two kernels over splits of the context, so that one sequence fills the GPU.
 
 `_score` stores a_t and the maxima of each split; `_combine` the weighted sums of each split, and the last split to
-arrive adds them. Every key and value is read once. `_combine` may start while `_score` still runs (programmatic
-dependent launch): it then fetches its values into the L2 cache and waits.
+arrive adds them. Every key and value is read once. `_combine` may start while `_score` still runs (overlap.py): it
+then fetches its values into the L2 cache and waits.
 
 A program is one split (an item: its tile and its number in the tile) of one kv head. Scores and partial results lie
 by items, so that scratch follows the tokens of the batch, not tiles times the longest. Where every tile is a single
@@ -21,12 +21,18 @@ from torch import Tensor
 from countermark_kernels import attention as specified
 from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import attention_steps as steps
-from countermark_kernels.gpu import flags, ieee
-from countermark_kernels.gpu.batch import Plan, Short, early
+from countermark_kernels.gpu import flags, ieee, overlap
+from countermark_kernels.gpu.batch import Plan, Short
 
-STAGES = 5
+STAGES, STAGES_WHOLE = 5, 3
 OTHERS = 16
 """Splits whose maxima are read at a time."""
+
+
+@triton.jit
+def _ask(v, pages, N: tl.constexpr, D: tl.constexpr):
+    """Ask for blocks of values in the L2 cache."""
+    overlap.prefetch(v + pages[:, None] * (N * D) + (tl.arange(0, N * D // 128) * 128)[None, :])
 
 
 @triton.jit
@@ -43,11 +49,7 @@ def _prefetch(
 ):
     """Ask for a split's values in the L2 cache."""
     block = start // N + tl.arange(0, CHUNK // N)
-    page = tl.load(table + block, mask=block * N < end, other=0).to(tl.int64) * KV_HEADS + head
-    lines = v + page[:, None] * (N * D) + (tl.arange(0, N * D // 128) * 128)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
+    _ask(v, tl.load(table + block, mask=block * N < end, other=0).to(tl.int64) * KV_HEADS + head, N, D)
 
 
 @triton.jit
@@ -72,6 +74,8 @@ def _score(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     item = items + tl.program_id(0) // KV_HEADS * 2
     which, split = tl.load(item), tl.load(item + 1)
     head = tl.program_id(0) % KV_HEADS  # heads of one block lie side by side in memory: they are read together
@@ -79,7 +83,6 @@ def _score(
     end = tl.load(tile + 2) + tl.load(tile + 1)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if split * CHUNK >= end:
         return
     rows, present, position = steps.rows(tile, head, GROUP, KV_HEADS, M)
@@ -144,6 +147,8 @@ def _combine(
     OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     item = items + tl.program_id(0) // KV_HEADS * 2
     which, split = tl.load(item), tl.load(item + 1)
     head = tl.program_id(0) % KV_HEADS  # heads of one block lie side by side in memory: they are read together
@@ -153,7 +158,6 @@ def _combine(
     if EARLY:
         _prefetch(v, table, split * CHUNK, end, head, KV_HEADS, N, D, CHUNK)
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if split * CHUNK >= end:
         return
     rows, present, position = steps.rows(tile, head, GROUP, KV_HEADS, M)
@@ -236,16 +240,21 @@ def _whole(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Both kernels in one, where every tile is a single split."""
+    """Both kernels in one, where every tile is a single split.
+
+    Products are taken with the tokens as their rows, of which the matrix unit wants many, and there are few queries.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     number = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
     tile = tiles + number * 5
     end = tl.load(tile + 2) + tl.load(tile + 1)
-    table = tables + tl.load(tile + 3)
+    block = tl.arange(0, CHUNK // N)  # all numbers at once: no copy then waits for its block's number
+    pages = tl.load(tables + tl.load(tile + 3) + block, mask=block * N < end, other=0).to(tl.int64) * KV_HEADS + head
     if EARLY:
-        _prefetch(v, table, 0, end, head, KV_HEADS, N, D, CHUNK)
+        _ask(v, pages, N, D)
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     rows, present, position = steps.rows(tile, head, GROUP, KV_HEADS, M)
     width = (end + N - 1) // N * N
     r = tl.arange(0, M)
@@ -253,36 +262,37 @@ def _whole(
     n = tl.arange(0, N)
     queries = tl.load(q + rows[:, None] * D + x[None, :], mask=present[:, None], other=0)
     cq = steps.query(s_q, rows, present, c)
-    line = scores + tl.program_id(0).to(tl.int64) * (CHUNK * R) + r * width
+    line = scores + tl.program_id(0).to(tl.int64) * (CHUNK * R) + r
     top = tl.full([M, N], float("-inf"), tl.float32)
     bound = tl.full([M, N], float("-inf"), tl.float32)
     for start in range(0, width, N):
-        page = tl.load(table + start // N).to(tl.int64) * KV_HEADS + head
+        page = ieee.total(tl.where(block == start // N, pages, 0), 0)
         visible = (start + n)[None, :] <= position[:, None]
         keys = tl.load(k + page * (N * D) + n[:, None] * D + x[None, :])
-        a = tl.dot(queries, tl.trans(keys), out_dtype=tl.int32).to(tl.float32) * tl.load(s_k + page * N + n)[None, :]
+        sums = tl.trans(tl.dot(keys, tl.trans(queries), out_dtype=tl.int32))
+        a = sums.to(tl.float32) * tl.load(s_k + page * N + n)[None, :]
         power = tl.broadcast_to(steps.power(tl.load(s_v + page * N + n))[None, :], a.shape)
         raised = ieee.fma(a, tl.broadcast_to(cq[:, None], a.shape), power)
         top = tl.maximum(top, tl.where(visible, a, float("-inf")))
         bound = tl.maximum(bound, tl.where(visible, raised, float("-inf")))
-        tl.store(line[:, None] + (start + n)[None, :], a, mask=(r < R)[:, None])
+        tl.store(line[:, None] + ((start + n) * R)[None, :], a, mask=(r < R)[:, None])
     largest = tl.where(present, tl.max(top, axis=1), 0.0)
     m, floor, g = steps.reference(largest, tl.where(present, tl.max(bound, axis=1), 0.0), cq, flag, present)
     total = tl.zeros([M, N], tl.int32)
-    high = tl.zeros([M, D], tl.int32)
-    low = tl.zeros([M, D], tl.int32)
+    high = tl.zeros([D, M], tl.int32)
+    low = tl.zeros([D, M], tl.int32)
     tl.debug_barrier()  # a thread reads what others have stored
     for start in range(0, width, N):
-        page = tl.load(table + start // N).to(tl.int64) * KV_HEADS + head
+        page = ieee.total(tl.where(block == start // N, pages, 0), 0)
         visible = (start + n)[None, :] <= position[:, None]
         values = tl.load(v + page * (N * D) + x[:, None] * N + n[None, :])
-        a = tl.load(line[:, None] + (start + n)[None, :], mask=(r < R)[:, None], other=0.0)
+        a = tl.load(line[:, None] + ((start + n) * R)[None, :], mask=(r < R)[:, None], other=0.0)
         d, hi, lo = steps.weigh(a, tl.load(s_v + page * N + n), visible, cq, m, floor, g)
         total += d
-        high = tl.dot(hi, tl.trans(values), high, out_dtype=tl.int32)
-        low = tl.dot(lo, tl.trans(values), low, out_dtype=tl.int32)
-    sums = ieee.total(total.to(tl.int64), 1)
-    _store(out, rows, present, x, (high * 256 + low).to(tl.int64), sums, g, D)
+        high = tl.dot(values, tl.trans(hi), high, out_dtype=tl.int32)
+        low = tl.dot(values, tl.trans(lo), low, out_dtype=tl.int32)
+    weights = ieee.total(total.to(tl.int64), 1)
+    _store(out, rows, present, x, tl.trans(high * 256 + low).to(tl.int64), weights, g, D)
 
 
 def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out: Tensor) -> None:
@@ -294,12 +304,12 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out
     scores = torch.empty(parts * short.chunk, device=device)
     shape = {"GROUP": batch.heads // pool.kv_heads, "KV_HEADS": pool.kv_heads, "D": head_dim, "N": BLOCK}
     shape |= {"R": short.rows, "M": max(16, triton.next_power_of_2(short.rows)), "CHUNK": short.chunk}
-    overlap = early(device)
-    options = {"EARLY": overlap, "launch_pdl": overlap, "num_warps": 4, "num_stages": STAGES, **ieee.EXACT}
+    options = {"num_warps": 4, "num_stages": STAGES, **overlap.launch(device), **ieee.EXACT}
     grid = (items * pool.kv_heads,)
     flag = flags.word(device)
     c = specified.SCORE_CONSTANTS[head_dim]
     if items == short.tiles.shape[0]:
+        shape["M"], options["num_stages"] = max(8, triton.next_power_of_2(short.rows)), STAGES_WHOLE
         _whole[grid](q, s_q, k, s_k, v, s_v, batch.tables, short.tiles, scores, out, flag, c, **shape, **options)
         return
     maxima = torch.empty(2 * parts, device=device)

@@ -197,12 +197,6 @@ def hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@cache
-def early(device: torch.device) -> bool:
-    """Whether a kernel on `device` may start before the one before has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 _arrivals: dict[torch.device, Tensor] = {}
 
 

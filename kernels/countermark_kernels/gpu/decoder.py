@@ -63,7 +63,7 @@ def forward(decoder: Decoder, x: Tensor, spans: Sequence[Span]) -> Tensor:
 def run(decoder: Decoder, x: Tensor, batch: Plan) -> Tensor:
     """All layers over the rows of a plan. x: [T, H] f32 -> [T, H] f32."""
     for index, layer in enumerate(decoder.layers):
-        q, s = norm.norm_quantise(x, decoder.eps)
+        q, s = norm.norm_quantise(x, decoder.eps, first=index == 0)
         q, s = rope.rope_quantise(
             _product(q, s, layer.qkv, layer.qkv_bias),
             batch.positions,
@@ -80,7 +80,7 @@ def run(decoder: Decoder, x: Tensor, batch: Plan) -> Tensor:
             page=BLOCK,
         )
         q, s = quantise.quantise(attention.attend(q, s, batch, layer=index))
-        x = _product(q, s, layer.o, layer.o_bias, x)
+        x = _product(q, s, layer.o, layer.o_bias, x, layer.gate_up)
         q, s = norm.norm_quantise(x, decoder.eps)
         q, s = activation.swiglu_quantise(_product(q, s, layer.gate_up), decoder.block)
         x = _product(q, s, layer.down, residual=x)
@@ -95,7 +95,12 @@ def logits(decoder: Decoder, x: Tensor, out: Tensor) -> None:
 
 
 def _product(
-    q: Tensor, s: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None
+    q: Tensor,
+    s: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    then: Weight | None = None,
 ) -> Tensor:
     assert weight.rows is not None
-    return linear.product(q, s, weight.rows, weight.scale, bias, residual)
+    return linear.product(q, s, weight.rows, weight.scale, bias, residual, then=None if then is None else then.rows)

@@ -10,8 +10,8 @@ Three kernels, chosen by shape from times measured on an H100 (bench/gpu_linear.
 holds whole rows of w in registers, no matrix unit. Else, on compute capability 9.0, linear_hopper.py, but for so few
 rows that reading w is all that counts: there, and on any other GPU, `_tiles`, which may split K over programs.
 
-Every kernel lets the next one start early (programmatic dependent launch) and fetches weights before it waits for the
-one before. Hence two rules: weights and their scales are complete before the first launch that uses them (`prepare`
+Every kernel lets the next one start early (overlap.py), and most fetch weights before they wait for the one before.
+Hence two rules: weights and their scales are complete before the first launch that uses them (`prepare`
 waits), and one stream at a time uses a device, because split tiles share a workspace.
 """
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import ieee, linear_hopper
+from countermark_kernels.gpu import ieee, linear_hopper, overlap
 from countermark_kernels.gpu.batch import hopper
 
 ROWS_MAX = 2
@@ -32,14 +32,6 @@ PROGRAM_BYTES = 1 << 15  # weights in the registers of one program of `_rows`
 N, K, STAGES = 64, 256, 4  # of `_tiles`
 PROGRAMS = 132  # split tiles up to this many programs
 WORKSPACE = PROGRAMS * 64 * N
-
-
-@triton.jit
-def _wait(PDL: tl.constexpr):
-    """Let the next kernel start; wait for the results of the one before."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -56,17 +48,23 @@ def _dot4(a, b, GPU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _rows(
-    q, s, w, ws, bias, residual, y, count, outputs, words,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GPU: tl.constexpr,
+    q, s, w, ws, bias, residual, then, y, count, outputs, words,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BYTES: tl.constexpr, GPU: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of up to ROWS rows. q and w are read as words of four bytes, `words` a row."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     n_inside = n < outputs
     at = n.to(tl.int64)[:, None] * words + k[None, :]
     weights = tl.load(w + at, mask=n_inside[:, None] & (k < words)[None, :], other=0, eviction_policy="evict_first")
     ws_n = tl.load(ws + n, mask=n_inside, other=0.0)
-    _wait(GPU)
+    if EARLY:
+        if then is not None:
+            overlap.prefetch(then + tl.program_id(0) * BYTES + tl.arange(0, BYTES // 128) * 128)
+        tl.extra.cuda.gdc_wait()
     for m in tl.static_range(ROWS):
         inside = n_inside & (m < count)
         row = tl.load(q + m * words + k, mask=(k < words) & (m < count), other=0)
@@ -85,12 +83,14 @@ def _rows(
 @triton.jit(do_not_specialize=["count"])
 def _tiles(
     q, s, w, ws, bias, residual, y, partial, arrivals, count, outputs, inputs,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or one of SPLIT ranges of K of it; the last program of a tile to arrive adds up the ranges.
 
     The product is taken as w . q^T: the matrix unit wants 64 rows of its left operand, and there may be few of q.
     """
+    overlap.begin(EARLY)
     tile = tl.program_id(0) // SPLIT
     part = tl.program_id(0) % SPLIT
     tiles_m = tl.cdiv(count, BM)
@@ -102,7 +102,6 @@ def _tiles(
     q_at = q + row[:, None] * inputs + k[None, :]
     w_at = w + column[:, None] * inputs + k[None, :]
     steps = tl.cdiv(inputs, BK)
-    _wait(PDL)
     total = tl.zeros((BN, BM), dtype=tl.int32)
     for step in range(steps * part // SPLIT, steps * (part + 1) // SPLIT):
         q_inside = row_inside[:, None]
@@ -147,17 +146,22 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-@cache
-def rows(q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
-    """y for at most ROWS_MAX rows and a K that is a multiple of 4."""
+def rows(
+    q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor,
+    then: Tensor | None = None,
+) -> None:  # fmt: skip
+    """y for at most ROWS_MAX rows and a K that is a multiple of 4. `then`: see `product`."""
     count, inputs = q.shape
     outputs = w.shape[0]
     block = triton.next_power_of_2(inputs // 4)
     n = max(1, PROGRAM_BYTES // (4 * block))
-    _rows[(triton.cdiv(outputs, n),)](
-        q.view(torch.int32), s, w.view(torch.int32), ws, bias, residual, y, count, outputs, inputs // 4,
-        ROWS=triton.next_power_of_2(count), BN=n, BK=block, GPU=q.is_cuda, num_warps=4, launch_pdl=q.is_cuda,
-        **ieee.EXACT,
+    grid = triton.cdiv(outputs, n)
+    if then is not None and then.numel() < grid * PROGRAM_BYTES:
+        then = None
+    _rows[(grid,)](
+        q.view(torch.int32), s, w.view(torch.int32), ws, bias, residual, then, y, count, outputs, inputs // 4,
+        ROWS=triton.next_power_of_2(count), BN=n, BK=block, BYTES=PROGRAM_BYTES, GPU=q.is_cuda, num_warps=4,
+        **overlap.launch(q.device), **ieee.EXACT,
     )  # fmt: skip
 
 
@@ -178,8 +182,8 @@ def tiles(
         raise ValueError(f"split: expected at most {PROGRAMS} programs, got {grid * split}")
     _tiles[(grid * split,)](
         q, s, w, ws, bias, residual, y, *workspace(q.device), count, outputs, inputs,
-        BM=m, BN=N, BK=K, SPLIT=split, EVEN=inputs % K == 0, PDL=q.is_cuda, num_warps=4, num_stages=STAGES,
-        launch_pdl=q.is_cuda, **ieee.EXACT,
+        BM=m, BN=N, BK=K, SPLIT=split, EVEN=inputs % K == 0, num_warps=4, num_stages=STAGES,
+        **overlap.launch(q.device), **ieee.EXACT,
     )  # fmt: skip
 
 
@@ -196,10 +200,12 @@ def product(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    then: Tensor | None = None,
 ) -> Tensor:
     """q: [T, K] int8, s: [T] f32, w: [N, K] int8, ws: [N] f32, bias: [N], residual: [T, N] f32 -> [T, N] f32.
 
-    The result is written to `out` where it is given.
+    The result is written to `out` where it is given. `then`: weights wanted soon, asked for where memory has nothing
+    else to do.
     """
     count, inputs = q.shape
     outputs = w.shape[0]
@@ -207,7 +213,7 @@ def product(
     if not count:
         return y
     if count <= ROWS_MAX and inputs % 4 == 0:
-        rows(q, s, w, ws, bias, residual, y)
+        rows(q, s, w, ws, bias, residual, y, then)
     elif hopper(q.device) and inputs % 16 == 0 and not few(count, outputs):
         linear_hopper.tiles(q, s, w, ws, bias, residual, y)
     else:

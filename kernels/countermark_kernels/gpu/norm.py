@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import flags, ieee
+from countermark_kernels.gpu import flags, ieee, overlap
 from countermark_kernels.gpu.quantise import factors, row_launch
 
 
@@ -36,7 +36,8 @@ def inverse_rms(total, e, width, eps, flag):
 
 
 @triton.jit
-def _kernel(x, q, s, flag, width, eps, BLOCK: tl.constexpr):
+def _kernel(x, q, s, flag, width, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    overlap.begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     v = tl.load(x + row * width + at, mask=at < width, other=0.0)
@@ -49,11 +50,14 @@ def _kernel(x, q, s, flag, width, eps, BLOCK: tl.constexpr):
     tl.store(s + row, scale * inverse_rms(total, e, width, eps, flag))
 
 
-def norm_quantise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x: [T, H] f32 -> (q: [T, H] int8, s: [T] f32)."""
+def norm_quantise(x: Tensor, eps: float, *, first: bool = False) -> tuple[Tensor, Tensor]:
+    """x: [T, H] f32 -> (q: [T, H] int8, s: [T] f32). `first`: of a pass, see overlap.py."""
     rows, width = x.shape
     q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     s = torch.empty(rows, device=x.device)
     if rows:
-        _kernel[(rows,)](x, q, s, flags.word(x.device), width, eps, **row_launch(width), **ieee.EXACT)
+        options = {**row_launch(width), **overlap.launch(x.device, rows), **ieee.EXACT}
+        if first:
+            options["launch_pdl"] = False
+        _kernel[(rows,)](x, q, s, flags.word(x.device), width, eps, **options)
     return q, s

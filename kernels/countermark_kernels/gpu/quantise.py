@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import flags, ieee
+from countermark_kernels.gpu import flags, ieee, overlap
 
 
 @triton.jit
@@ -20,7 +20,8 @@ def factors(top):
 
 
 @triton.jit
-def _kernel(x, q, s, flag, width, BLOCK: tl.constexpr):
+def _kernel(x, q, s, flag, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    overlap.begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     v = tl.load(x + row * width + at, mask=at < width, other=0.0)
@@ -43,5 +44,6 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     s = torch.empty(rows, device=x.device)
     if rows:
-        _kernel[(rows,)](x, q, s, flags.word(x.device), width, **row_launch(width), **ieee.EXACT)
+        options = {**row_launch(width), **overlap.launch(x.device, rows), **ieee.EXACT}
+        _kernel[(rows,)](x, q, s, flags.word(x.device), width, **options)
     return q, s

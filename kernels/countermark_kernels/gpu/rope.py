@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import flags, hadamard, ieee
+from countermark_kernels.gpu import flags, hadamard, ieee, overlap
 from countermark_kernels.gpu.cache import value_slot
 from countermark_kernels.gpu.norm import exponent, inverse_rms, squares
 from countermark_kernels.gpu.quantise import factors
@@ -121,7 +121,9 @@ def _values(
 def _kernel(
     qkv, positions, cos, sin, q_gain, k_gain, slots, q, s_q, k, s_k, v, s_v, flag, rows, context, heads, kv_heads, eps,
     PAGE: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, GAINED: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin(EARLY)
     program = tl.program_id(0)
     others = rows * ((heads + kv_heads) // GROUP)
     if program < others:
@@ -135,8 +137,10 @@ def _kernel(
 
 @triton.jit
 def _values_kernel(
-    qkv, slots, v, s_v, flag, rows, heads, kv_heads, PAGE: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr
-):
+    qkv, slots, v, s_v, flag, rows, heads, kv_heads,
+    PAGE: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    overlap.begin(EARLY)
     _values(qkv, slots, v, s_v, flag, rows, heads, kv_heads, tl.program_id(0), PAGE, D, VALUES)
 
 
@@ -167,7 +171,7 @@ def rope_quantise(
     flag = flags.word(qkv.device)
     group = math.gcd(heads, kv_heads, 4)
     programs = rows * ((heads + kv_heads) // group)
-    common = {"PAGE": page, "D": head_dim, **ieee.EXACT}
+    common = {"PAGE": page, "D": head_dim, **overlap.launch(qkv.device, rows), **ieee.EXACT}
     if rows:
         _kernel[(programs + (rows * kv_heads if rows <= FEW else 0),)](
             qkv, positions, cos, sin, q_gain, k_gain, slots, q, s_q, *pool, flag, rows, cos.shape[0], heads, kv_heads,

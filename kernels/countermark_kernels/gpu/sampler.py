@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from countermark_kernels.gpu import fingerprint, flags, ieee
+from countermark_kernels.gpu import fingerprint, flags, ieee, overlap
 
 ID_BITS = tl.constexpr(18)
 RANK_BITS = tl.constexpr(49)
@@ -104,7 +104,8 @@ def _penalised(x, seen, times, repetition, presence, frequency):
 
 
 @triton.jit
-def _scan(logits, best, flag, fields, counts, bias, lanes, vocab, SLICE: tl.constexpr):
+def _scan(logits, best, flag, fields, counts, bias, lanes, vocab, SLICE: tl.constexpr, EARLY: tl.constexpr):
+    overlap.begin(EARLY)
     row = tl.program_id(0)
     at = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     inside = at < vocab
@@ -254,10 +255,16 @@ def _bucket(ends, which):
 
 
 @triton.jit
+def _greedy(best, row):
+    """The token of the largest logit."""
+    return 0x7FFFFFFF - (tl.load(best + row) & 0xFFFFFFFF)
+
+
+@triton.jit
 def _resolve(best, fields, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0)
     if _temperature(fields, row) == 0.0:
-        tl.store(ids + row, 0x7FFFFFFF - (tl.load(best + row) & 0xFFFFFFFF))
+        tl.store(ids + row, _greedy(best, row))
     else:
         bucket, tokens, weight, left, _ = _histogram(fields, sums, row, BUCKETS)
         ranks += row.to(tl.int64) * vocab
@@ -290,11 +297,18 @@ def _resolve(best, fields, sums, ends, bounds, ranks, ids, vocab, BUCKETS: tl.co
 
 
 @triton.jit
-def _finish(ids, lanes, best, fields, counts, flag, results, vocab):
+def _finish(
+    ids, lanes, best, fields, counts, flag, results, vocab, GREEDY: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """Results of all rows: id and lanes; last the error word. What the next draw adds to begins anew."""
+    overlap.begin(EARLY)
     row = tl.program_id(0)
     if row < tl.num_programs(0) - 1:
-        token = tl.load(ids + row)
+        if GREEDY:
+            token = _greedy(best, row)
+            tl.store(ids + row, token)
+        else:
+            token = tl.load(ids + row)
         tl.store(results + row * 3, token)
         for lane in tl.static_range(2):
             tl.store(results + row * 3 + 1 + lane, tl.load(lanes + row * 2 + lane))
@@ -390,9 +404,12 @@ def draw(
     rows, vocab = logits.shape
     flag, ids, best, lanes = flags.word(logits.device), scratch.ids[:rows], scratch.best[:rows], scratch.lanes[:rows]
     grid = (rows, triton.cdiv(vocab, SLICE))
-    _scan[grid](logits, best, flag, fields, counts, bias, lanes, vocab, SLICE=SLICE, **ieee.EXACT)
-    _choose(logits, fields, best, ids, scratch, greedy=greedy)
-    _finish[(rows + 1,)](ids, lanes, best, fields, counts, flag, scratch.results, vocab, num_warps=1, **ieee.EXACT)
+    options = {**overlap.launch(logits.device, rows), **ieee.EXACT}
+    _scan[grid](logits, best, flag, fields, counts, bias, lanes, vocab, SLICE=SLICE, **options)
+    if not greedy:
+        _choose(logits, fields, best, ids, scratch)
+    results = scratch.results
+    _finish[(rows + 1,)](ids, lanes, best, fields, counts, flag, results, vocab, GREEDY=greedy, num_warps=1, **options)
 
 
 def sample(logits: Tensor, fields: Tensor) -> Tensor:
@@ -402,16 +419,14 @@ def sample(logits: Tensor, fields: Tensor) -> Tensor:
     scratch = Scratch(rows, vocab, device)
     grid = (rows, triton.cdiv(vocab, SLICE))
     flag = flags.word(device)
-    _scan[grid](logits, scratch.best, flag, fields, None, None, None, vocab, SLICE=SLICE, **ieee.EXACT)
-    _choose(logits, fields, scratch.best, scratch.ids, scratch, greedy=False)
+    options = {**overlap.launch(device, rows), **ieee.EXACT}
+    _scan[grid](logits, scratch.best, flag, fields, None, None, None, vocab, SLICE=SLICE, **options)
+    _choose(logits, fields, scratch.best, scratch.ids, scratch)
     return scratch.ids
 
 
-def _choose(logits: Tensor, fields: Tensor, best: Tensor, ids: Tensor, scratch: Scratch, *, greedy: bool) -> None:
+def _choose(logits: Tensor, fields: Tensor, best: Tensor, ids: Tensor, scratch: Scratch) -> None:
     """Steps 4 to 10 behind `_scan`, in turns of as many rows as the lists of ranks hold."""
-    if greedy:
-        torch.sub(0x7FFFFFFF, best & 0xFFFFFFFF, out=ids)
-        return
     step = scratch.ranks.shape[0]
     for start in range(0, logits.shape[0], step):
         part = slice(start, start + step)

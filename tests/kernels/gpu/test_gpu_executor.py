@@ -136,7 +136,7 @@ def test_what_is_refused(model: There) -> None:
 def test_no_memory(model: There, monkeypatch: pytest.MonkeyPatch) -> None:
     """`MemoryError`, and the next step is as if nothing had been."""
     executor = started(model, [])
-    answer = Answer(params=PARAMS[1], prompt=[4], length=2)
+    answer = Answer(params=PARAMS[6], prompt=[4], length=2)
     row = Row(params=answer.params, tokens=[4], prompt=1, length=1, key="one")
     part = Part(cache=KvCache(model.pool, [1]), start=0, tokens=[4], row=row)
     (want,) = executor.start([part]).wait()
