@@ -19,19 +19,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from countermark_kernels.gpu import ieee
+from countermark_kernels.gpu import ieee, linear_wide
+from countermark_kernels.gpu.linear_wide import place
 
-GROUP = gl.constexpr(8)  # tiles of rows that share columns of w while they are in the L2 cache
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-
-
-@gluon.jit
-def _place(tile, count, outputs, BM: gl.constexpr, BN: gl.constexpr):
-    """Tile number -> its first row and column, down GROUP tiles of rows before the next column."""
-    band = GROUP * gl.cdiv(outputs, BN)
-    first = tile // band * GROUP
-    height = gl.minimum(gl.cdiv(count, BM) - first, GROUP)
-    return (first + tile % band % height) * BM, tile % band // height * BN
 
 
 @gluon.jit
@@ -41,41 +32,34 @@ def _next(tile, k, m, n, count, outputs, inputs, BM: gl.constexpr, BN: gl.conste
     if k >= inputs:
         k = 0
         tile += gl.num_programs(0)
-        m, n = _place(tile, count, outputs, BM, BN)
+        m, n = place(tile, count, outputs, BM, BN)
     return tile, k, m, n
 
 
 @gluon.jit
-def _finish(total, m, n, s, ws, bias, residual, y, count, outputs, PIECES: gl.constexpr):
-    """Epilogue of a block of sums whose first row and column are m and n, in PIECES to save registers."""
-    if PIECES > 1:
-        rows: gl.constexpr = total.shape[0]
-        half: gl.constexpr = total.shape[1] // 2
-        left, right = gl.split(gl.permute(gl.reshape(total, (rows, 2, half)), (0, 2, 1)))
-        _finish(left, m, n, s, ws, bias, residual, y, count, outputs, PIECES // 2)
-        _finish(right, m, n + half, s, ws, bias, residual, y, count, outputs, PIECES // 2)
-    else:
-        layout: gl.constexpr = total.type.layout
-        row = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, layout))
-        column = gl.arange(0, total.shape[1], layout=gl.SliceLayout(0, layout))
-        row_inside = row < count - m
-        column_inside = column < outputs - n
-        value = total.to(gl.float32) * gl.expand_dims(gl.load(s + m + row, mask=row_inside, other=0.0), 1)
-        value = value * gl.expand_dims(gl.load(ws + n + column, mask=column_inside, other=0.0), 0)
-        if bias is not None:
-            value = value + gl.expand_dims(gl.load(bias + n + column, mask=column_inside, other=0.0), 0)
-        corner = m.to(gl.int64) * outputs + n
-        at = gl.expand_dims(row * outputs, 1) + gl.expand_dims(column, 0)
-        inside = gl.expand_dims(row_inside, 1) & gl.expand_dims(column_inside, 0)
-        if residual is not None:
-            value = gl.load(residual + corner + at, mask=inside, other=0.0) + value
-        gl.store(y + corner + at, value, mask=inside)
+def _finish(total, m, n, s, ws, bias, residual, y, count, outputs):
+    """Epilogue of a block of sums whose first row and column are m and n."""
+    layout: gl.constexpr = total.type.layout
+    row = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, total.shape[1], layout=gl.SliceLayout(0, layout))
+    row_inside = row < count - m
+    column_inside = column < outputs - n
+    value = total.to(gl.float32) * gl.expand_dims(gl.load(s + m + row, mask=row_inside, other=0.0), 1)
+    value = value * gl.expand_dims(gl.load(ws + n + column, mask=column_inside, other=0.0), 0)
+    if bias is not None:
+        value = value + gl.expand_dims(gl.load(bias + n + column, mask=column_inside, other=0.0), 0)
+    corner = m.to(gl.int64) * outputs + n
+    at = gl.expand_dims(row * outputs, 1) + gl.expand_dims(column, 0)
+    inside = gl.expand_dims(row_inside, 1) & gl.expand_dims(column_inside, 0)
+    if residual is not None:
+        value = gl.load(residual + corner + at, mask=inside, other=0.0) + value
+    gl.store(y + corner + at, value, mask=inside)
 
 
 @gluon.jit(do_not_specialize=["count"])
 def _tiles(
     q, s, w, ws, bias, residual, y, count, outputs, inputs,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PIECES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = (BM + BN) * BK
     layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -91,7 +75,7 @@ def _tiles(
     steps = gl.cdiv(inputs, BK)
     tiles = gl.cdiv(count, BM) * gl.cdiv(outputs, BN)
     mine = gl.cdiv(tiles - first, gl.num_programs(0)) * steps
-    first_m, first_n = _place(first, count, outputs, BM, BN)
+    first_m, first_n = place(first, count, outputs, BM, BN)
 
     # The ring is filled before the kernel before is done, but for q, which it may have made.
     gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
@@ -124,8 +108,8 @@ def _tiles(
                 tile, k, m, n = _next(tile, k, m, n, count, outputs, inputs, BM, BN, BK)
             done += 1
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        to_m, to_n = _place(at, count, outputs, BM, BN)
-        _finish(total, to_m, to_n, s, ws, bias, residual, y, count, outputs, PIECES)
+        to_m, to_n = place(at, count, outputs, BM, BN)
+        _finish(total, to_m, to_n, s, ws, bias, residual, y, count, outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +127,8 @@ class Tile:
 FEW = Tile(64, 64, 256, 6)
 FEW_TWICE = Tile(64, 32, 256, 4, programs=2)
 UP_TO_128 = (Tile(64, 64, 256, 6, cost=21), Tile(64, 128, 128, 8, cost=23))
-BEYOND = (Tile(128, 64, 128, 8, cost=31), Tile(128, 128, 128, 6, cost=45), Tile(128, 256, 128, 4, cost=81))
+WIDE = Tile(linear_wide.M, linear_wide.N, linear_wide.K, linear_wide.STAGES.value, cost=76)
+BEYOND = (Tile(128, 64, 128, 8, cost=31), Tile(128, 128, 128, 6, cost=45))
 """Costs: measured microseconds on an H100 for 100 steps of 128 inputs, all multiprocessors busy."""
 
 
@@ -158,7 +143,7 @@ def choose(count: int, outputs: int, multiprocessors: int) -> Tile:
     """The tile for this shape: by rounds of tiles, where the matrix unit or the L2 cache is what limits."""
     if count <= 64:
         return FEW_TWICE if count > 32 and outputs > 32 * multiprocessors else FEW
-    tiles = UP_TO_128 if count <= 128 else BEYOND
+    tiles = UP_TO_128 if count <= 128 else (*BEYOND, WIDE) if outputs % 4 == 0 else BEYOND
 
     def cost(tile: Tile) -> int:
         number = triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n)
@@ -173,12 +158,14 @@ def tiles(q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, resi
     count, inputs = q.shape
     outputs = w.shape[0]
     tile = choose(count, outputs, multiprocessors(q.device))
+    if tile is WIDE:
+        linear_wide.tiles(q, s, w, ws, bias, residual, y, multiprocessors(q.device))
+        return
     grid = min(multiprocessors(q.device) * tile.programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n))
-    pieces = 1 if tile.n <= 128 else 2 if residual is None else 4
     _tiles[(grid,)](
         TensorDescriptor.from_tensor(q, [tile.m, tile.k], LAYOUT), s,
         TensorDescriptor.from_tensor(w, [tile.n, tile.k], LAYOUT), ws,
         bias, residual, y, count, outputs, inputs,
-        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PIECES=pieces, num_warps=tile.m // 16, launch_pdl=True,
+        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.m // 16, launch_pdl=True,
         **ieee.EXACT,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def test_a_split_beyond_the_workspace_is_refused() -> None:
 @on_hopper
 @pytest.mark.parametrize("rows", [17, 33, 64, 65, 128, 129, 300, 1500])
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(576, 1536), (960, 576), (1152, 896), (4224, 256), (4240, 4096), (9000, 4096)]
+    ("outputs", "inputs"), [(576, 1536), (960, 576), (1152, 896), (4224, 256), (4241, 96), (4240, 4096), (9000, 4096)]
 )
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_tile_on_hopper(rows: int, outputs: int, inputs: int, residual: bool) -> None:
@@ -125,8 +125,9 @@ def test_the_hopper_cases_reach_every_tile() -> None:
 
     shapes = [(m, n) for m in (17, 33, 64, 65, 128, 129, 300, 1500) for n in (576, 960, 1152, 4224, 4240, 9000)]
     assert {hopper.choose(m, n, 132) for m, n in shapes} == {
-        *(hopper.FEW, hopper.FEW_TWICE, *hopper.UP_TO_128, *hopper.BEYOND)
+        *(hopper.FEW, hopper.FEW_TWICE, *hopper.UP_TO_128, *hopper.BEYOND, hopper.WIDE)
     }
+    assert hopper.choose(1500, 9001, 132) is not hopper.WIDE
 
 
 @on_hopper
