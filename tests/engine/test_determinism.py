@@ -16,7 +16,7 @@ from torch import Tensor
 
 from countermark.errors import Undecidable, UsageError, VerificationError
 from countermark_appliance import cli
-from countermark_appliance.engine import conditions, determinism, weights
+from countermark_appliance.engine import conditions, determinism, rig, weights
 from countermark_appliance.engine.blocks import Blocks
 from countermark_appliance.engine.conditions import Scale
 from countermark_appliance.engine.determinism import Case, Report, Status, run_suite
@@ -263,8 +263,6 @@ def test_an_engine_that_shows_other_logits_than_it_draws_from(unproven: None, mo
 
 
 def test_a_hook_that_sees_nothing(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from countermark_appliance.engine import rig
-
     monkeypatch.setattr(rig.Rig, "_observe", lambda *_: None)
     found = only("cancel")
     assert found.status is Status.FAIL
@@ -298,6 +296,34 @@ def test_a_condition_that_does_not_occur_fails_its_case(unproven: None, monkeypa
     )
     for name in ("neighbours", "chunks", "cancel", "unobserved"):
         assert only(name).reason.startswith("not tested:")
+
+
+def test_graphs_that_are_not_used_prove_nothing(unproven: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executor that could record graphs and had no room for any; one that replays them is told apart."""
+
+    class Recording(HostExecutor):
+        replayed, counted = 0, 1
+
+        def start(self, parts: Sequence[Part]) -> Ticket:
+            self.replayed += self.counted
+            return super().start(parts)
+
+    def made(model: Model, *, graphs: bool, observe: Any) -> HostExecutor:
+        return (Recording if graphs else HostExecutor)(model, observe=observe)
+
+    monkeypatch.setattr(rig, "make_executor", made)
+    cases = conditions.Conditions(LOAD, device="cpu", scale=SMALL, threads=1)
+    cases._device = "cuda"
+    for counted in (1, 0):
+        Recording.counted = counted
+        facts: conditions.Facts = {}
+        runs, unmet = cases.graphs(conditions.generator("graphs"), facts)
+        assert len(runs) == 240
+        assert not unmet if counted else unmet.startswith("expected steps that are CUDA graphs")
+        assert bool(facts["replayed"]) is bool(counted)
+    _, unmet = cases.unobserved(conditions.generator("unobserved"), {})
+    assert unmet == "expected one step in flight while the next is planned"
+    cases.rig.close()
 
 
 def test_an_engine_that_breaks_is_a_failure_and_the_others_still_run(

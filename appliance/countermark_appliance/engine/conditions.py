@@ -207,15 +207,21 @@ class Conditions:
         if self._device == "cpu":
             raise Skipped("CUDA graphs need a GPU")
         runs: list[Run] = []
+        replayed: dict[bool, int] = {}
         for graphs in (True, False, True):
             jobs = self._crowd(rng, 40, 40)
             self.rig.forget_prefixes()
+            self._references(jobs)
+            executor = self.rig.executor(graphs)
+            before = getattr(executor, "replayed", 0)
             served, seen = self._serve(jobs, together=40, step_tokens=1024, graphs=graphs)
             runs += served
-            facts[f"executor {'with' if graphs else 'without'}"] = type(self.rig.executor(graphs)).__name__
-        facts["batches"] = _sizes(seen.rows)
-        kinds = {type(self.rig.executor(graphs)) for graphs in (True, False)}
-        return runs, "" if len(kinds) == 2 else "expected two kinds of executor"
+            replayed[graphs] = getattr(executor, "replayed", 0) - before
+            facts[f"executor {'with' if graphs else 'without'}"] = type(executor).__name__
+        facts |= {"batches": _sizes(seen.rows), "replayed": replayed[True]}
+        if replayed[True] and not replayed[False]:
+            return runs, ""
+        return runs, f"expected steps that are CUDA graphs, then none, got {replayed[True]} and {replayed[False]}"
 
     def unobserved(self, rng: random.Random, facts: Facts) -> Found:
         """At full speed: nobody waits for the device between two steps, so that a race between them could show."""

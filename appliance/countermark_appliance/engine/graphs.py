@@ -283,6 +283,7 @@ class GraphExecutor:
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._records: dict[int, tuple[SamplerParams, bytes]] = {}
         self._drawn = 0
+        self.replayed = 0  # steps that were a recorded graph
         self._passing: list[object] = []  # keys of rows that have none of their own, for one step
         self._word = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._recorded = self._device.type == "cuda"
@@ -494,6 +495,7 @@ class GraphExecutor:
         self._graphs[rows, items, chunk] = found  # now the last to go
         if found.graph is not None:
             found.graph.replay()
+            self.replayed += 1
             return
         self._forward(found)
         if self._recorded:
