@@ -122,7 +122,7 @@ def _finish(total, m, n, s_m, scales, bias, residual, y, stage, count, outputs, 
     before = ()
     if residual is not None:
         for i in gl.static_range(AHEAD):
-            before = before + (_residual(residual, m, n + i * COLUMNS, count, outputs, layout),)  # noqa: RUF005
+            before = before + (_residual(residual, m, n + i * COLUMNS, count, outputs, layout),)  # type: ignore[assignment]  # noqa: RUF005
     scale = _columns(scales, n, outputs, layout)
     for i in gl.static_range(COUNT):
         at = n + i * COLUMNS
@@ -135,7 +135,7 @@ def _finish(total, m, n, s_m, scales, bias, residual, y, stage, count, outputs, 
         if residual is not None:
             value = before[i] + value
             if i + AHEAD < COUNT:
-                before = before + (_residual(residual, m, at + AHEAD * COLUMNS, count, outputs, layout),)  # noqa: RUF005
+                before = before + (_residual(residual, m, at + AHEAD * COLUMNS, count, outputs, layout),)  # type: ignore[assignment]  # noqa: RUF005
         tma.store_wait(BUFFERS - 1)
         gl.thread_barrier()
         here = stage.index(PART * BUFFERS + i % BUFFERS)
@@ -211,7 +211,7 @@ def _tiles(q, s, w, scales, bias, residual, y, count, outputs, inputs):
 def tiles(
     q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, programs: int
 ) -> None:
-    """y, by at most `programs` programs. Inputs a multiple of 16 and outputs of 4, so that bulk copies can take rows."""
+    """y, by at most `programs` programs. Inputs a multiple of 16 and outputs of 4, as bulk copies want."""
     count, inputs = q.shape
     outputs = w.shape[0]
     grid = min(programs, triton.cdiv(count, M) * triton.cdiv(outputs, N))
