@@ -140,10 +140,10 @@ def engine_table(result: dict[str, Any]) -> str:
     more = {"sampled": "temperature 0.8, top-p 0.95", "context": f"behind {size['context']:,} tokens"}
     lines.append(row(f"**countermark {profile}**", figures(profile)))
     lines += [row(f"{profile}, {what}", figures(profile, part)) for part, what in more.items()]
-    peers = {"bf16": "bf16, same engine"}
-    if "transformers" in found:
-        peers["transformers"] = f"transformers {versions['transformers']}, bf16"
+    peers = {"bf16": "bf16, same engine", "transformers": f"transformers {versions['transformers']}, bf16"}
     for path, name in peers.items():
+        if path not in found:
+            continue
         lines.append(row(name, figures(path), figures(profile)))
         for part, what in more.items():
             if part in found.get(path, {}):
@@ -156,8 +156,8 @@ def engine_table(result: dict[str, Any]) -> str:
         f"Shapes of {shape['name']}, generated weights, the whole engine: scheduler, sampler, fingerprints, text.",
         f"Decode: prompts of {size['prompt']} tokens, {size['tokens']} new ones each, greedy, while all answers grow;",
         f"the median of stretches of 16 steps{_below_median(found.get(profile, {}))}.",
-        f"TTFT: a prompt of {size['context']:,} tokens alone. In brackets how many times faster we were. bf16: cuBLAS",
-        "and SDPA behind the same scheduler.",
+        f"TTFT: a prompt of {size['context']:,} tokens alone. In brackets how many times faster we were.",
+        *(["bf16: cuBLAS and SDPA behind the same scheduler."] if "bf16" in found else []),
         *_another_run(other, found.get("machine", {}).get("limits")),
     ]
     if limits:
@@ -220,8 +220,9 @@ def _profile_lines(steps: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Kernels are timed under a profiler, which slows them a little; the wall time is without it. Where two",
-        "operations have a kernel of one name, its time stands in a column of both.",
+        "Steps straight through the executor, without the scheduler. Kernels are timed under a profiler, which slows",
+        "them a little; the wall time is without it, the mean of ten steps (prefill: three), with whatever they had to",
+        "make. Where two operations have a kernel of one name, its time stands in a column of both.",
     ]
 
 
