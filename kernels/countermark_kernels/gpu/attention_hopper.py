@@ -208,7 +208,10 @@ def _sum(d):
     M: gl.constexpr = d.shape[0]
     N: gl.constexpr = d.shape[1]
     offset: gl.constexpr = (N // 4 * 0x4B000000 + 0x80000000) % 0x100000000 - 0x80000000
-    d = gl.sum(gl.sum(gl.reshape(d, (M, N // 8, 4, 2)), 3), 1)
+    pairs = gl.reshape(d, (M, N // 8, 4, 2))
+    gl.static_assert(pairs.dtype.is_int())
+    d = gl.sum(pairs, 3)
+    d = gl.sum(d, 1)
     return (d - offset).to(gl.int64)
 
 
@@ -414,6 +417,7 @@ def _consume(
             _release(ring, first + pairs - 1)
             first += pairs
 
+            gl.static_assert(total.dtype.is_int())
             total = _as(gl.sum(total, 1), OUT)
             divisor = total.to(gl.float32) * _as(g, OUT)
             inverse = gl.div_rn(gl.full_like(divisor, 1.0), divisor)
