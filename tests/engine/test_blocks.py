@@ -109,6 +109,21 @@ def test_the_least_recently_used_goes_first_and_a_child_before_its_parent() -> N
             blocks.give(numbers)
 
 
+def test_behind_a_block_that_is_not_its_own_nobody_publishes() -> None:
+    """Such a block would be found behind whatever its parent's number holds later."""
+    blocks = Blocks(5)
+    tokens = spread([1, 2])
+    first, second = blocks.take(2), blocks.take(2)
+    assert blocks.publish(b"s", tokens, first, 0, BLOCK) == 1
+    assert blocks.publish(b"s", tokens, second, 0, 2 * BLOCK) == 0
+    assert blocks.match(b"s", tokens) == first[:1]
+    blocks.give(second)
+    for number in blocks.take(2):
+        if number == second[0]:
+            blocks.publish(b"t", spread([9]), [number], 0, BLOCK)
+    assert blocks.match(b"t", spread([9, 2])) == second[:1]
+
+
 def test_what_is_held_is_never_evicted() -> None:
     blocks = Blocks(3)
     (number,) = blocks.take(1)

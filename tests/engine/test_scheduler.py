@@ -155,6 +155,28 @@ def test_preempted_the_youngest_first_and_back_in_order() -> None:
     assert all(not one.in_flight and one.computed == 0 for one in list(made)[1:])
 
 
+def test_nobody_gives_way_where_one_that_has_ended_is_about_to() -> None:
+    """Its block comes back as soon as its last step has landed."""
+    old, young, ended = sequence(63), sequence(1, first=100), sequence(1, first=200)
+    made = scheduler(old, young, ended, blocks=6)
+    while old.computed < 63:
+        settle(made, made.plan())
+    made._blocks.take(2)  # the rest; the next token of `old` is the last that its block holds
+    works = made.plan()
+    assert [work.sequence for work in works] == [old, young, ended]
+    made.started(works)
+    ended.finish(Finish.STOP)
+    made.sweep(0.0)
+    for work in works[:2]:
+        made.settled(work)
+        work.sequence.tokens.append(3)
+    assert made.plan() == []
+    assert made.running == 2
+    made.settled(works[2])
+    made.sweep(0.0)
+    assert [work.sequence for work in made.plan()] == [old, young]
+
+
 def test_no_room_is_made_while_a_step_is_in_flight() -> None:
     """The youngest may be in it; the loop settles it and asks again."""
     ones = [sequence(64, first=64 * i) for i in range(2)]

@@ -81,7 +81,7 @@ class Sequence:
         self.cache = cache
         self.computed = found
         self.published = found // BLOCK
-        self._cached = min(found, self.prompt, self.prompt if self._cached is None else self._cached)
+        self._cached = min(found, self.prompt if self._cached is None else self._cached)
 
     def displace(self) -> list[int]:
         """It runs no longer, and has nothing in flight: the blocks it had. Its tokens stay."""
