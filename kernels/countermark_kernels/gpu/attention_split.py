@@ -6,7 +6,7 @@ then fetches its values into the L2 cache and waits.
 
 A program is one split (an item: its tile and its number in the tile) of one kv head. Scores and partial results lie
 by items, so that scratch follows the tokens of the batch, not tiles times the longest. Where every tile is a single
-split, `_whole` does the work of both kernels, and nothing partial is written.
+split, and of few rows, `_whole` does the work of both kernels, and nothing partial is written.
 
 Integer: the sums, so splits and the order of arrival are free. Maxima are of values that do not depend on the split.
 """
@@ -25,6 +25,8 @@ from countermark_kernels.gpu import flags, ieee, overlap
 from countermark_kernels.gpu.batch import Plan, Short
 
 STAGES, STAGES_WHOLE = 5, 3
+ROWS_WHOLE = 8
+"""Rows that `_whole` takes: as few as the portable matrix instructions have columns."""
 OTHERS = 16
 """Splits whose maxima are read at a time."""
 
@@ -240,7 +242,7 @@ def _whole(
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Both kernels in one, where every tile is a single split.
+    """Both kernels in one, where every tile is a single split of at most M rows.
 
     Products are taken with the tokens as their rows, of which the matrix unit wants many, and there are few queries.
     """
@@ -308,8 +310,8 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out
     grid = (items * pool.kv_heads,)
     flag = flags.word(device)
     c = specified.SCORE_CONSTANTS[head_dim]
-    if items == short.tiles.shape[0]:
-        shape["M"], options["num_stages"] = max(8, triton.next_power_of_2(short.rows)), STAGES_WHOLE
+    if items == short.tiles.shape[0] and short.rows <= ROWS_WHOLE:
+        shape["M"], options["num_stages"] = ROWS_WHOLE, STAGES_WHOLE
         _whole[grid](q, s_q, k, s_k, v, s_v, batch.tables, short.tiles, scores, out, flag, c, **shape, **options)
         return
     maxima = torch.empty(2 * parts, device=device)

@@ -29,6 +29,7 @@ BATCHES = {
     "chunk up to a block": ((BLOCK - 30, 30),),
     "chunk past a block": ((BLOCK - 1, 20),),
     "decode": ((BLOCK - 1, 1), (BLOCK, 1), (2 * BLOCK + 5, 1)),
+    "a split each": ((100, 1), (64, 2), (127, 1)),
     "mixture": ((130, 1), (0, 33), (0, 1), (64, 3), (5, 2), (63, 40)),
 }
 if CUDA:
