@@ -16,7 +16,7 @@ from torch import Tensor
 
 from countermark.errors import Undecidable, UsageError, VerificationError
 from countermark_appliance import cli
-from countermark_appliance.engine import conditions, determinism, rig, weights
+from countermark_appliance.engine import conditions, determinism, executor, rig, weights
 from countermark_appliance.engine.blocks import Blocks
 from countermark_appliance.engine.conditions import Scale
 from countermark_appliance.engine.determinism import Case, Report, Status, run_suite
@@ -324,6 +324,28 @@ def test_graphs_that_are_not_used_prove_nothing(unproven: None, monkeypatch: pyt
     _, unmet = cases.unobserved(conditions.generator("unobserved"), {})
     assert unmet == "expected one step in flight while the next is planned"
     cases.rig.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda logprob, top: (None, ()), "log probabilities of every token"),
+        (lambda logprob, top: (logprob - 0.5, top), "log probability 0"),
+        (lambda logprob, top: (logprob, top[::-1]), "likeliest of token 0"),
+    ],
+)
+def test_log_probabilities_are_there_and_follow_from_the_logits(
+    unproven: None, monkeypatch: pytest.MonkeyPatch, wrong: Any, reason: str
+) -> None:
+    likely = executor._likely
+    monkeypatch.setattr(
+        executor,
+        "_likely",
+        lambda logits, row, token: wrong(*likely(logits, row, token)) if row.logprobs else (None, ()),
+    )
+    found = only("sampling")
+    assert found.status is Status.FAIL
+    assert reason in found.reason
 
 
 def test_an_engine_that_breaks_is_a_failure_and_the_others_still_run(

@@ -41,6 +41,7 @@ from countermark_kernels import fingerprint, sampler
 from countermark_kernels.cache import KvCache
 
 STEP_TOKENS = 8192
+LOGPROB_ERROR = 0.02  # the sampler's integer weights lose up to 2^-24 an id
 SILENCE_S = 600.0
 """So long without an event means that the engine hangs."""
 
@@ -353,6 +354,16 @@ def _prepared(run: Run) -> Prepared:
     )
 
 
+def _check_logprob(given: TokenLogprob, row: Tensor, token: int, whose: str, at: int) -> None:
+    """Against torch's softmax, and its stable sort. Raises ValueError."""
+    expected = row.double().log_softmax(0)
+    if abs(given.logprob - float(expected[token])) > LOGPROB_ERROR:
+        raise ValueError(f"reference: {whose}: log probability {at} is not that of the token under these logits")
+    order = row.sort(descending=True, stable=True).indices[: len(given.top)].tolist()
+    if [i for i, _ in given.top] != order or not given.top:
+        raise ValueError(f"reference: {whose}: the likeliest of token {at} are not those of these logits")
+
+
 def _recording(index: int, run: Run) -> Recording:
     question, reference = run.job.question, run.reference
     assert reference is not None
@@ -396,6 +407,9 @@ def _deliver(run: Run) -> None:
     if missing:
         run.differs(missing[0], "logits shown to the hook", "none")
         return
+    if run.job.question.logprobs and len(run.logprobs) != count:
+        run.differs(len(run.logprobs), "log probabilities of every token", "none")
+        return
     drawn = zip(done.output_tokens, done.fingerprints, strict=True)
     run.positions = [
         hashlib.sha256(token.to_bytes(4, "little") + mark + run.digests[i]).digest()
@@ -421,6 +435,8 @@ def _as_reference(run: Run) -> Reference:
             raise ValueError(f"reference: question {question.number}: token {i} is not the one these logits give")
         if fingerprint.encode(fingerprint.reference(row.unsqueeze(0), row.shape[0])) != [mark]:
             raise ValueError(f"reference: question {question.number}: fingerprint {i} is not that of these logits")
+        if question.logprobs:
+            _check_logprob(run.logprobs[i], row, token, f"question {question.number}", i)
     return Reference(
         rows=rows,
         digests=[run.digests[i] for i in range(len(rows))],
