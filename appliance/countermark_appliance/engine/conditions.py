@@ -23,7 +23,7 @@ from countermark_kernels.cache import BLOCK
 
 SEED = "countermark determinism suite, 1"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CHUNKS = (64, 97, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROBE = 0
 
 Load = Callable[[], Artefact]
