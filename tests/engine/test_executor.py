@@ -9,7 +9,7 @@ import pytest
 import torch
 from tinymodel import TinyArtefact
 
-from countermark_appliance.engine.executor import HostExecutor, make_executor
+from countermark_appliance.engine.executor import HostExecutor, _likely, make_executor
 from countermark_appliance.engine.model import Model
 from countermark_appliance.engine.step import Part, Row
 from countermark_kernels.ieee import NumericsError
@@ -87,6 +87,16 @@ def test_a_step_that_draws_nothing(model: Model) -> None:
     assert seen == []
     executor.close()
     executor.close()
+
+
+def test_log_probabilities_of_a_vocabulary_smaller_than_asked_for() -> None:
+    logits = torch.tensor([0.5, -1.0, 2.0])
+    row = Row(params=SamplerParams(), tokens=[1], prompt=1, length=1, logprobs=20)
+    logprob, top = _likely(logits, row, 1)
+    expected = torch.log_softmax(logits.double(), dim=-1)
+    assert logprob == pytest.approx(float(expected[1]), abs=1e-6)
+    assert [i for i, _ in top] == [2, 0, 1]
+    assert [p for _, p in top] == pytest.approx([float(expected[i]) for i in (2, 0, 1)], abs=1e-6)
 
 
 def test_the_executor_of_a_gpu_has_rows_for_all_that_may_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,21 @@ def test_cancel_mid_stream_is_an_abort(appliance: Appliance) -> None:
         assert len(session.generate("goes on", max_tokens=1).result().tokens) == 1
 
 
+def test_who_leaves_before_the_record_leaves_none(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the prompt was being read; a storm of such requests writes nothing."""
+    before, go_on, prepare = appliance.kinds(), threading.Event(), appliance.engine.prepare
+    monkeypatch.setattr(appliance.engine, "prepare", lambda request: (go_on.wait(20), prepare(request))[1])
+    with open_channel(appliance) as channel:
+        attest(channel.grpc_channel)
+        call = generate(channel.grpc_channel)
+        wait_until(lambda: appliance.engine.places._taken == 1)
+        call.cancel()
+        time.sleep(0.3)  # until the server has heard
+        go_on.set()
+        wait_until(lambda: appliance.engine.places._taken == 0)
+    assert appliance.kinds() == before
+
+
 def test_disconnect_mid_stream_is_an_abort(appliance: Appliance) -> None:
     before = appliance.kinds()
     with holding(appliance):
