@@ -106,8 +106,11 @@ def attention_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def engine_table(result: dict[str, Any]) -> str:
-    """What the GPU engine serves, beside peers, limits and vLLM's figures. A figure that is not there is left empty."""
+def engine_table(result: dict[str, Any], *, steps: bool = True) -> str:
+    """What the GPU engine serves, beside peers, limits and vLLM's figures. A figure that is not there is left empty.
+
+    `steps`: with a table of where the time of a step goes.
+    """
     found, limits, shape, size = result["found"], result.get("limits", {}), result["shape"], result["protocol"]
     profile, versions, other = result["profile"], result["versions"], result["another_run"]
     batches = [str(n) for n in size["batches"]]
@@ -173,7 +176,7 @@ def engine_table(result: dict[str, Any]) -> str:
             f"1/{audit['times_faster']:.0f} of the time of generating it at batch 1; {audit['answers']} together went",
             f"at {audit['answers_per_second']:.0f} answers, {audit['tokens_per_second']:,.0f} tokens a second.",
         ]
-    lines += [*_profile_lines(found.get(profile, {}).get("profile", {})), ""]
+    lines += [*(_profile_lines(found.get(profile, {}).get("profile", {})) if steps else []), ""]
     lines += [
         f"{result['device']}, driver {result['driver']}, torch {versions['torch']}, Triton {versions['triton']},",
         f"{result['date']}, kernels of digest `{result['kernel_digest'][:16]}`; `make bench-gpu`,",
@@ -263,6 +266,35 @@ def parity_lines(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def repeated_lines(results: dict[str, dict[str, Any]]) -> str:
+    """Comparisons of later kernels that did not reach the end of all models, by file name."""
+    lines = [
+        f"Kernels of digest `{r['environment']['kernel_digest'][:16]}`, changed for the engine, again on"
+        f" {len(r['models'])} of these models:\n{_summed(r, 'prompts'):,} prompts, {_summed(r, 'positions'):,}"
+        f" positions, **{_summed(r, 'mismatches')} differences** ([{r['environment']['device']}](bench/results/{name}))."
+        for name, r in results.items()
+    ]
+    return "".join(f"\n{line}" for line in lines)
+
+
+def determinism_lines(reports: dict[str, dict[str, Any]]) -> str:
+    """What the determinism suite found on each machine, by file name."""
+    lines = []
+    for name, report in reports.items():
+        where, ran = report["environment"], [c for c in report["cases"] if c["status"] != "SKIP"]
+        one = sum(c["status"] == "PASS" and c["distinct"] == 1 for c in ran)
+        lines.append(
+            f"- [{where['device']}](bench/results/{name}): {one} of {len(ran)} conditions left one result to each"
+            f" question,\n  {sum(c['runs'] for c in ran):,} runs, kernels of digest `{where['kernel_digest'][:16]}`"
+        )
+    names = [c["name"] for c in max(reports.values(), key=lambda r: len(r["cases"]))["cases"]]
+    return (
+        "The determinism suite hashes every logit of an answer given alone, and of the same answer under each condition"
+        "\n"
+        f"({', '.join(names)}):\n\n" + "\n".join(lines)
+    )
+
+
 def _summed(result: dict[str, Any], field: str) -> int:
     return sum(model[field] for model in result["models"].values())
 
@@ -271,7 +303,11 @@ def engine_section(file: Path) -> str:
     """The engine on a GPU, or that nobody has measured it."""
     if not file.exists():
         return "What a whole GPU node serves in a second is not measured yet; its kernels are, below."
-    return f"On a GPU:\n\n{engine_table(json.loads(file.read_text()))}"
+    return f"On a GPU:\n\n{engine_table(json.loads(file.read_text()), steps=False)}"
+
+
+def _read(pattern: str) -> dict[str, dict[str, Any]]:
+    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
 
 
 def rendered() -> dict[str, str]:
@@ -281,7 +317,8 @@ def rendered() -> dict[str, str]:
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),
-        "parity": parity_lines({p.name: json.loads(p.read_text()) for p in sorted(RESULTS.glob("parity-*.json"))}),
+        "parity": parity_lines(_read("parity-*.json")) + "\n" + repeated_lines(_read("partial-parity-*.json")),
+        "determinism": determinism_lines(_read("determinism-*.json")),
         "quality": quality_table(json.loads((RESULTS / "quality-cpu.json").read_text())),
     }
 

@@ -51,3 +51,23 @@ def test_results_name_machine_versions_and_date() -> None:
         assert re.search(r'"(cpu|gpu|device)": "[^"]{3,}"|"NVIDIA [^"]+": {', text), path.name
         assert re.search(r'"torch": "\d+\.\d+', text), path.name
         assert re.search(r'"date": "20\d\d-\d\d-\d\d"', text), path.name
+
+
+def test_a_condition_that_failed_is_not_counted() -> None:
+    file = ROOT / "bench" / "results" / "determinism-nvidia-h100-80gb-hbm3.json"
+    report = json.loads(file.read_text())
+    count = len(report["cases"])
+    assert f"{count} of {count} conditions" in readme_tables.determinism_lines({file.name: report})
+    report["cases"][0]["status"] = "FAIL"
+    report["cases"][1]["distinct"] = 2
+    assert f"{count - 2} of {count} conditions" in readme_tables.determinism_lines({file.name: report})
+    report["cases"][2]["status"] = "SKIP"
+    assert f"{count - 3} of {count - 1} conditions" in readme_tables.determinism_lines({file.name: report})
+
+
+def test_later_kernels_are_named_with_what_they_differed_in() -> None:
+    (file,) = (ROOT / "bench" / "results").glob("partial-parity-*.json")
+    result = json.loads(file.read_text())
+    assert "**0 differences**" in readme_tables.repeated_lines({file.name: result})
+    result["models"]["qwen3"]["mismatches"] = 2
+    assert "**2 differences**" in readme_tables.repeated_lines({file.name: result})

@@ -20,7 +20,7 @@ from countermark_appliance.engine.sequence import Sequence
 from countermark_appliance.engine.step import Executor
 from countermark_kernels.cache import KvCache, Pool
 
-pytestmark = () if CUDA else pytest.mark.slow  # more than a minute in the interpreter
+pytestmark = [] if CUDA else [pytest.mark.slow]  # more than a minute in the interpreter
 
 
 class Silent:
