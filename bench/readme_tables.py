@@ -271,7 +271,8 @@ def repeated_lines(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"Kernels of digest `{r['environment']['kernel_digest'][:16]}`, changed for the engine, again on"
         f" {len(r['models'])} of these models:\n{_summed(r, 'prompts'):,} prompts, {_summed(r, 'positions'):,}"
-        f" positions, **{_summed(r, 'mismatches')} differences** ([{r['environment']['device']}](bench/results/{name}))."
+        f" positions, **{_summed(r, 'mismatches')} differences**"
+        f" ([{r['environment']['device']}](bench/results/{name}))."
         for name, r in results.items()
     ]
     return "".join(f"\n{line}" for line in lines)
