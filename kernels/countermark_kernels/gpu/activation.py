@@ -16,6 +16,7 @@ from torch import Tensor
 
 from countermark_kernels.gpu import flags, hadamard, ieee, overlap
 from countermark_kernels.gpu.quantise import factors
+from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 
 CHUNK = 4096
 PART = 1024
@@ -104,16 +105,16 @@ def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, width, dtype=torch.int8, device=gate_up.device)
     s = torch.empty(rows, device=gate_up.device)
     given = (gate_up, q, s, flags.word(gate_up.device))
-    size = triton.next_power_of_2(width)
+    size = next_power_of_2(width)
     stages = {"STAGES": block.bit_length() - 1, **overlap.launch(gate_up.device, rows), **ieee.EXACT}
     if rows > FEW:
         chunk = min(size, CHUNK)
-        parts = {"PARTS": triton.cdiv(width, chunk), "CHUNK": chunk, "num_warps": max(chunk // 512, 1)}
+        parts = {"PARTS": cdiv(width, chunk), "CHUNK": chunk, "num_warps": max(chunk // 512, 1)}
         _kernel[(rows,)](*given, width, **parts, **stages)
     elif rows:
         mixed = torch.empty(rows, width, dtype=torch.int16, device=gate_up.device)
         part = min(size, PART)
-        grid = (rows, triton.cdiv(width, part))
+        grid = (rows, cdiv(width, part))
         _shared_kernel[grid](
             *given, mixed, *_words(gate_up.device), width, PART=part, CHUNK=min(size, CHUNK), num_warps=4, **stages
         )

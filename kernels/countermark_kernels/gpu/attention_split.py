@@ -23,6 +23,7 @@ from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import attention_steps as steps
 from countermark_kernels.gpu import flags, ieee, overlap
 from countermark_kernels.gpu.batch import Plan, Short
+from countermark_kernels.gpu.sizes import next_power_of_2
 
 STAGES, STAGES_WHOLE = 5, 3
 ROWS_WHOLE = 8
@@ -305,7 +306,7 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out
     parts = items * pool.kv_heads * short.rows
     scores = torch.empty(parts * short.chunk, device=device)
     shape = {"GROUP": batch.heads // pool.kv_heads, "KV_HEADS": pool.kv_heads, "D": head_dim, "N": BLOCK}
-    shape |= {"R": short.rows, "M": max(16, triton.next_power_of_2(short.rows)), "CHUNK": short.chunk}
+    shape |= {"R": short.rows, "M": max(16, next_power_of_2(short.rows)), "CHUNK": short.chunk}
     options = {"num_warps": 4, "num_stages": STAGES, **overlap.launch(device), **ieee.EXACT}
     grid = (items * pool.kv_heads,)
     flag = flags.word(device)

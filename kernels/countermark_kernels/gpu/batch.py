@@ -10,11 +10,11 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 import torch
-import triton
 from torch import Tensor
 
 from countermark_kernels.attention import Span
 from countermark_kernels.cache import BLOCK, KvCache, Pool
+from countermark_kernels.gpu.sizes import cdiv
 
 ROWS = 64  # of a tile
 HOPPER_ROWS = 128
@@ -187,7 +187,7 @@ def places(sizes: Sequence[int]) -> tuple[list[int], int]:
     starts, end = [], 0
     for size in sizes:
         starts.append(end)
-        end += triton.cdiv(size, ALIGNED) * ALIGNED
+        end += cdiv(size, ALIGNED) * ALIGNED
     return starts, end
 
 

@@ -17,6 +17,7 @@ from countermark_kernels.attention import Span
 from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import activation, attention, ieee, linear, norm, quantise, rope
 from countermark_kernels.gpu.batch import Plan
+from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 from countermark_kernels.linear import Weight
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def embed(table: Tensor, tokens: Tensor, carried: Tensor, drawn: Tensor) -> Tens
     """
     rows, (vocab, width) = tokens.shape[0], table.shape
     x = torch.empty(rows, width, device=table.device)
-    block = min(triton.next_power_of_2(width), 1024)
-    grid = (rows, triton.cdiv(width, block))
+    block = min(next_power_of_2(width), 1024)
+    grid = (rows, cdiv(width, block))
     sizes = {"STRIDE": drawn.stride(0), "BLOCK": block}
     _embed[grid](table, tokens, carried, drawn, x, width, vocab, **sizes, **ieee.EXACT)
     return x

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from countermark_kernels.gpu import ieee, linear_hopper, overlap
 from countermark_kernels.gpu.batch import hopper
+from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 
 ROWS_MAX = 2
 PROGRAM_BYTES = 1 << 15  # weights in the registers of one program of `_rows`
@@ -153,14 +154,14 @@ def rows(
     """y for at most ROWS_MAX rows and a K that is a multiple of 4. `then`: see `product`."""
     count, inputs = q.shape
     outputs = w.shape[0]
-    block = triton.next_power_of_2(inputs // 4)
+    block = next_power_of_2(inputs // 4)
     n = max(1, PROGRAM_BYTES // (4 * block))
-    grid = triton.cdiv(outputs, n)
+    grid = cdiv(outputs, n)
     if then is not None and then.numel() < grid * PROGRAM_BYTES:
         then = None
     _rows[(grid,)](
         q.view(torch.int32), s, w.view(torch.int32), ws, bias, residual, then, y, count, outputs, inputs // 4,
-        ROWS=triton.next_power_of_2(count), BN=n, BK=block, BYTES=PROGRAM_BYTES, GPU=q.is_cuda, num_warps=4,
+        ROWS=next_power_of_2(count), BN=n, BK=block, BYTES=PROGRAM_BYTES, GPU=q.is_cuda, num_warps=4,
         **overlap.launch(q.device), **ieee.EXACT,
     )  # fmt: skip
 
@@ -172,8 +173,8 @@ def tiles(
     """y for any shape, in `split` ranges of K (a power of two; None: enough to fill the GPU)."""
     count, inputs = q.shape
     outputs = w.shape[0]
-    m = min(64, max(16, triton.next_power_of_2(count)))
-    grid = triton.cdiv(count, m) * triton.cdiv(outputs, N)
+    m = min(64, max(16, next_power_of_2(count)))
+    grid = cdiv(count, m) * cdiv(outputs, N)
     if split is None:
         split = 1
         while grid * split * 2 <= PROGRAMS and split * 8 * K <= inputs:

@@ -9,10 +9,9 @@ copies of the next one overlap the epilogue. K is not split.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from countermark_kernels.gpu import ieee, linear_wide
 from countermark_kernels.gpu.linear_wide import place
+from countermark_kernels.gpu.sizes import cdiv
 
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
@@ -139,6 +139,7 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
+@lru_cache(maxsize=4096)
 def choose(count: int, outputs: int, multiprocessors: int) -> Tile:
     """The tile for this shape: by rounds of tiles, where the matrix unit or the L2 cache is what limits."""
     if count <= 64:
@@ -146,8 +147,8 @@ def choose(count: int, outputs: int, multiprocessors: int) -> Tile:
     tiles = UP_TO_128 if count <= 128 else (*BEYOND, WIDE) if outputs % 4 == 0 else BEYOND
 
     def cost(tile: Tile) -> int:
-        number = triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n)
-        rounds: int = triton.cdiv(number, multiprocessors)
+        number = cdiv(count, tile.m) * cdiv(outputs, tile.n)
+        rounds: int = cdiv(number, multiprocessors)
         return rounds * tile.cost
 
     return min(tiles, key=cost)
@@ -161,7 +162,7 @@ def tiles(q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, resi
     if tile is WIDE:
         linear_wide.tiles(q, s, w, ws, bias, residual, y, multiprocessors(q.device))
         return
-    grid = min(multiprocessors(q.device) * tile.programs, triton.cdiv(count, tile.m) * triton.cdiv(outputs, tile.n))
+    grid = min(multiprocessors(q.device) * tile.programs, cdiv(count, tile.m) * cdiv(outputs, tile.n))
     _tiles[(grid,)](
         TensorDescriptor.from_tensor(q, [tile.m, tile.k], LAYOUT), s,
         TensorDescriptor.from_tensor(w, [tile.n, tile.k], LAYOUT), ws,

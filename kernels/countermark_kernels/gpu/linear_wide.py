@@ -10,7 +10,6 @@ Integer: products and sums. Binary32, one rounding each: the epilogue, element b
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from countermark_kernels.gpu import ieee
+from countermark_kernels.gpu.sizes import cdiv
 
 GROUPS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # of a group
@@ -214,7 +214,7 @@ def tiles(
     """y, by at most `programs` programs. Inputs a multiple of 16 and outputs of 4, as bulk copies want."""
     count, inputs = q.shape
     outputs = w.shape[0]
-    grid = min(programs, triton.cdiv(count, M) * triton.cdiv(outputs, N))
+    grid = min(programs, cdiv(count, M) * cdiv(outputs, N))
     _tiles[(grid,)](
         TensorDescriptor.from_tensor(q, [ROWS.value, K], OPERAND), s,
         TensorDescriptor.from_tensor(w, [N, K], OPERAND), ws, bias, residual,

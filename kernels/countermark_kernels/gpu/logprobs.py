@@ -12,6 +12,7 @@ from torch import Tensor
 
 from countermark_kernels.gpu import ieee
 from countermark_kernels.gpu.sampler import LEAST, ordered, token_key, weight
+from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 
 SLICE = 2048
 
@@ -49,11 +50,11 @@ def _rows(found, stride, parts, SIZE: tl.constexpr, COUNT: tl.constexpr):
 def likely(logits: Tensor, count: int) -> Tensor:
     """logits: [S, V] f32 -> [S, 1 + count] int64 as logprobs.reference, for count <= V."""
     rows, vocab = logits.shape
-    padded, parts = triton.next_power_of_2(count), triton.cdiv(vocab, SLICE)
+    padded, parts = next_power_of_2(count), cdiv(vocab, SLICE)
     stride = 1 + padded + parts * padded
     found = torch.zeros(rows, stride, dtype=torch.int64, device=logits.device)
     largest = logits.amax(dim=-1)
     sizes = {"COUNT": padded, **ieee.EXACT}
     _slices[(rows, parts)](logits, largest, found, vocab, stride, SLICE=SLICE, **sizes)
-    _rows[(rows,)](found, stride, parts, SIZE=triton.next_power_of_2(parts * padded), **sizes)
+    _rows[(rows,)](found, stride, parts, SIZE=next_power_of_2(parts * padded), **sizes)
     return found[:, : 1 + count]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import flags, ieee, overlap
+from countermark_kernels.gpu.sizes import next_power_of_2
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _kernel(x, q, s, flag, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
 
 def row_launch(width: int) -> dict[str, int]:
     """A block that holds a row of `width`, and its warps: 16 values a thread where there are as many."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 

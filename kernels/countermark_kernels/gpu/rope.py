@@ -21,6 +21,7 @@ from countermark_kernels.gpu import flags, hadamard, ieee, overlap
 from countermark_kernels.gpu.cache import value_slot
 from countermark_kernels.gpu.norm import exponent, inverse_rms, squares
 from countermark_kernels.gpu.quantise import factors
+from countermark_kernels.gpu.sizes import cdiv
 
 RANGE_BITS = tl.constexpr((127 + 30) << 23)
 FEW = 128
@@ -178,7 +179,7 @@ def rope_quantise(
             eps, STAGES=head_dim.bit_length() - 1, GAINED=q_gain is not None, GROUP=group, num_warps=1, **common,
         )  # fmt: skip
     if rows > FEW:
-        grid = (triton.cdiv(rows, VALUES) * kv_heads,)
+        grid = (cdiv(rows, VALUES) * kv_heads,)
         _values_kernel[grid](qkv, slots, v, s_v, flag, rows, heads, kv_heads, VALUES=VALUES, num_warps=4, **common)
     return q, s_q
 

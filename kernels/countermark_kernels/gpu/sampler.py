@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import fingerprint, flags, ieee, overlap
+from countermark_kernels.gpu.sizes import cdiv
 
 ID_BITS = tl.constexpr(18)
 RANK_BITS = tl.constexpr(49)
@@ -356,7 +357,7 @@ def adjust(logits: Tensor, entries: Tensor, fields: Tensor) -> Tensor:
     count = entries.shape[1]
     out = logits.clone() if count else logits
     if count:
-        grid = (triton.cdiv(count, 256),)
+        grid = (cdiv(count, 256),)
         _adjust[grid](out, entries, fields, count, logits.shape[1], BLOCK=256, **ieee.EXACT)
     return out
 
@@ -366,7 +367,7 @@ def remember(counts: Tensor, tokens: Tensor, prompt: int) -> None:
     counts.zero_()
     count = tokens.shape[0]
     if count:
-        _remember[(triton.cdiv(count, 256),)](counts, tokens, count, prompt, BLOCK=256, **ieee.EXACT)
+        _remember[(cdiv(count, 256),)](counts, tokens, count, prompt, BLOCK=256, **ieee.EXACT)
 
 
 class Scratch:
@@ -403,7 +404,7 @@ def draw(
     """
     rows, vocab = logits.shape
     flag, ids, best, lanes = flags.word(logits.device), scratch.ids[:rows], scratch.best[:rows], scratch.lanes[:rows]
-    grid = (rows, triton.cdiv(vocab, SLICE))
+    grid = (rows, cdiv(vocab, SLICE))
     options = {**overlap.launch(logits.device, rows), **ieee.EXACT}
     _scan[grid](logits, best, flag, fields, counts, bias, lanes, vocab, SLICE=SLICE, **options)
     if not greedy:
@@ -417,7 +418,7 @@ def sample(logits: Tensor, fields: Tensor) -> Tensor:
     rows, vocab = logits.shape
     device = logits.device
     scratch = Scratch(rows, vocab, device)
-    grid = (rows, triton.cdiv(vocab, SLICE))
+    grid = (rows, cdiv(vocab, SLICE))
     flag = flags.word(device)
     options = {**overlap.launch(device, rows), **ieee.EXACT}
     _scan[grid](logits, scratch.best, flag, fields, None, None, None, vocab, SLICE=SLICE, **options)
@@ -437,7 +438,7 @@ def _turn(logits: Tensor, fields: Tensor, best: Tensor, ids: Tensor, scratch: Sc
     rows, vocab = logits.shape
     sums, ends, bounds, ranks = scratch.sums, scratch.ends, scratch.bounds, scratch.ranks
     sums[:rows].zero_()
-    grid = (rows, triton.cdiv(vocab, SLICE))
+    grid = (rows, cdiv(vocab, SLICE))
     common = {"BUCKETS": BUCKETS.value, **ieee.EXACT}
     _count[grid](logits, best, fields, sums, vocab, SLICE=SLICE, **common)
     _plan[(rows,)](fields, sums, ends, bounds, num_warps=8, **common)
