@@ -9,6 +9,7 @@ import pytest
 import torch
 from tinymodel import TinyArtefact
 
+from countermark_appliance.engine import executor as executors
 from countermark_appliance.engine.executor import HostExecutor, _likely, make_executor
 from countermark_appliance.engine.model import Model
 from countermark_appliance.engine.step import Part, Row
@@ -66,6 +67,19 @@ def test_a_failed_step_counts_nothing(model: Model, monkeypatch: pytest.MonkeyPa
     assert drawn.fingerprint == marks[1]
     executor.forget("one")
     assert executor.start([part()]).wait() == [drawn]
+
+
+def test_a_draw_without_memory_is_the_steps_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(params=PARAMS[1], prompt=[5, 9, 9, 30], length=1)
+    row = Row(params=answer.params, tokens=answer.prompt, prompt=4, length=4, key="one")
+    part = Part(cache=model.new_cache(8), start=0, tokens=answer.prompt, row=row)
+    executor = HostExecutor(model)
+    for text, error in (("DefaultCPUAllocator: can't allocate memory", MemoryError), ("a fault", RuntimeError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(executors, "draw", lambda *_, text=text: (_ for _ in ()).throw(RuntimeError(text)))
+            with pytest.raises(error):
+                executor.start([part]).wait()
+    assert executor.start([part]).wait()[0].token == alone(model, answer)[0][0]
 
 
 def test_counts_follow_a_sequence_that_begins_anew(model: Model) -> None:

@@ -7,13 +7,11 @@ executor: what a step holds and who computes it is free.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 
 from countermark_appliance.engine.draw import draw
-from countermark_appliance.engine.model import Chunk, Model
+from countermark_appliance.engine.model import Chunk, Model, computing
 from countermark_appliance.engine.step import Drawn, Executor, Part, Row, Ticket
 from countermark_kernels import logprobs
 from countermark_kernels.ieee import NumericsError
@@ -58,9 +56,8 @@ class HostExecutor:
 
     def start(self, parts: Sequence[Part]) -> Ticket:
         """Compute a step; `wait` says what came of it."""
-        on_gpu = self._model.device.type == "cuda"
         try:
-            with torch.cuda.device(self._model.device) if on_gpu else nullcontext():
+            with computing(self._model.device):
                 return _Done(self._compute(parts))
         except (NumericsError, MemoryError) as err:
             return _Done(err)

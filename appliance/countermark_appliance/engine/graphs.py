@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from countermark_appliance.engine.executor import Observe
+from countermark_appliance.engine.model import no_memory
 from countermark_appliance.engine.step import Drawn, Part, Row
 from countermark_kernels import logprobs
 from countermark_kernels.cache import BLOCK, KvCache, Pool
@@ -349,7 +350,9 @@ class GraphExecutor:
                         yield
                 else:
                     yield
-        except torch.OutOfMemoryError as err:
+        except RuntimeError as err:
+            if not no_memory(err):
+                raise
             self._scratch.reset()
             self._word.zero_()
             self._states.doubt()
@@ -501,8 +504,11 @@ class GraphExecutor:
         if self._recorded:
             if len(self._graphs) > GRAPHS_MAX:
                 del self._graphs[next(iter(self._graphs))]
-            with suppress(torch.OutOfMemoryError):  # the step is under way; its next one may find room for a graph
+            try:
                 found.graph = self._record_graph(found)
+            except RuntimeError as err:
+                if not no_memory(err):  # else: the step is under way; its next one may find room for a graph
+                    raise
 
     def _prepared(self, rows: int, items: int, chunk: int) -> _Graph:
         sizes = _sizes(rows, items)

@@ -32,7 +32,7 @@ BATCH_SEQUENCES, BATCH_CONTEXT = 16, 8192
 POOL_TOKENS = 1 << 20
 """On a GPU the pool holds at most so many tokens, or as many as half of its free memory has room for."""
 _OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # what torch's CPU allocator says
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch's CPU allocator, and CUDA
 
 
 class Cache(KvCache):
@@ -144,7 +144,7 @@ class Model:
         if self._pool is not None:
             raise ValueError("size_pool: expected no pool yet, got a second call")
         c = self._config
-        with _computing(self.device):
+        with computing(self.device):
             pool = Pool(layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim, blocks=blocks, device=self.device)
         self._pool = pool, Blocks(blocks)
 
@@ -187,13 +187,13 @@ class Model:
             ids += chunk.tokens
             spans.append(Span(cache=chunk.cache, start=start, end=len(ids), position=chunk.start))
             rows += range(len(ids) - chunk.logits, len(ids))
-        with _computing(self.device):
+        with computing(self.device):
             x = self.decoder.forward(self.embed[self._indices(ids)], spans)
             return x[self._indices(rows)] if len(rows) < len(ids) else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head over some rows of `hidden`: [rows, vocab] f32."""
-        with _computing(self.device):
+        with computing(self.device):
             rows = hidden.shape[0]
             logits = self.decoder.logits(hidden) if rows else torch.empty(0, self.vocab, device=self.device)
             if logits.is_cuda:
@@ -235,12 +235,17 @@ def _left_in_groups() -> list[int]:
 
 
 @contextmanager
-def _computing(device: torch.device) -> Iterator[None]:
+def computing(device: torch.device) -> Iterator[None]:
     """Kernels are launched on `device`, and torch's ways to say that there is no memory become MemoryError."""
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
     except RuntimeError as err:  # torch.OutOfMemoryError is one
-        if isinstance(err, torch.OutOfMemoryError) or any(words in str(err) for words in _OUT_OF_MEMORY):
+        if no_memory(err):
             raise MemoryError(f"model: expected memory for the step, got {err!s:.200}") from err
         raise
+
+
+def no_memory(err: RuntimeError) -> bool:
+    """Whether torch says that there is no memory: its own error, or one of the allocators below it."""
+    return isinstance(err, torch.OutOfMemoryError) or any(words in str(err) for words in _OUT_OF_MEMORY)
