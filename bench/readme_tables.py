@@ -284,9 +284,10 @@ def determinism_lines(reports: dict[str, dict[str, Any]]) -> str:
     for name, report in reports.items():
         where, ran = report["environment"], [c for c in report["cases"] if c["status"] != "SKIP"]
         one = sum(c["status"] == "PASS" and c["distinct"] == 1 for c in ran)
+        model = "a small generated model" if where["model"] == "source" else where["model"]
         lines.append(
             f"- [{where['device']}](bench/results/{name}): {one} of {len(ran)} conditions left one result to each"
-            f" question,\n  {sum(c['runs'] for c in ran):,} runs, kernels of digest `{where['kernel_digest'][:16]}`"
+            f" question,\n  {sum(c['runs'] for c in ran):,} runs of {model}, kernels of digest `{where['kernel_digest'][:16]}`"
         )
     names = [c["name"] for c in max(reports.values(), key=lambda r: len(r["cases"]))["cases"]]
     return (
