@@ -287,7 +287,8 @@ def determinism_lines(reports: dict[str, dict[str, Any]]) -> str:
         model = "a small generated model" if where["model"] == "source" else where["model"]
         lines.append(
             f"- [{where['device']}](bench/results/{name}): {one} of {len(ran)} conditions left one result to each"
-            f" question,\n  {sum(c['runs'] for c in ran):,} runs of {model}, kernels of digest `{where['kernel_digest'][:16]}`"
+            f" question,\n  {sum(c['runs'] for c in ran):,} runs of {model},"
+            f" kernels of digest `{where['kernel_digest'][:16]}`"
         )
     names = [c["name"] for c in max(reports.values(), key=lambda r: len(r["cases"]))["cases"]]
     return (
