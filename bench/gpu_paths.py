@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,22 +68,22 @@ class Way(Protocol):
     def close(self) -> None: ...
 
 
-class Engined:
+class Engined(ABC):
     """What the two paths through the engine have in common."""
 
     def __init__(self, shape: Shape, device: torch.device, size: Amounts) -> None:
         self.shape, self.device, self.size = shape, device, size
         self.tokenizer = Tokenizer(artefact(shape, device).tokenizer_json, vocab=shape.vocab)
 
+    @abstractmethod
     def serving(
         self, sequences: int, tokens: int, sampling: ResolvedSampling
     ) -> contextlib.AbstractContextManager[Serving]:
         """A context: a `Serving` with room for so many sequences of so many tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def caches(self, sequences: int, tokens: int) -> contextlib.AbstractContextManager[list[KvCache]]:
         """A context: caches for the executor alone."""
-        raise NotImplementedError
 
     def part(self, name: str) -> dict[str, Any] | None:
         z = self.size
