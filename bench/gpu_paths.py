@@ -159,8 +159,9 @@ class Engined(ABC):
                 found[f"prefill {batch} x {z.context}"] = stepprofile.steps(make, 3)
         return found
 
+    @abstractmethod
     def close(self) -> None:
-        pass
+        """Let go of the device's memory."""
 
 
 class Exact(Engined):
@@ -293,6 +294,9 @@ class Bf16(Engined):
     @contextlib.contextmanager
     def caches(self, sequences: int, tokens: int) -> Iterator[list[KvCache]]:
         yield [_numbers(()) for _ in range(sequences)]
+
+    def close(self) -> None:
+        del self.weights
 
 
 def _numbers(blocks: Sequence[int]) -> KvCache:
