@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--profile", choices=[p.value for p in Profile], default=Profile.PRODUCTION.value)
     new.add_argument("--simulated-tdx-root", type=_digest, metavar="SHA256")
     new.add_argument("--simulated-gpu-root", type=_digest, metavar="SHA256")
+    new.add_argument("--simulated-rim-root", type=_digest, metavar="SHA256")
     show = _command(policy, "show", _policy_show, "check a policy file and print it with every default")
     show.add_argument("policy", type=Path)
     pin = _command(policy, "pin", _policy_pin, "accept the image of a signed measurement manifest")
@@ -319,6 +320,7 @@ def _policy_new(args: argparse.Namespace) -> None:
         now=int(time.time()),
         simulated_tdx_root=args.simulated_tdx_root,
         simulated_gpu_root=args.simulated_gpu_root,
+        simulated_rim_root=args.simulated_rim_root,
     )
     sys.stdout.write(policies.encode_policy(policy))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,9 @@ from countermark.policy import (
     DAY_S,
     INTEL_SGX_ROOT,
     NVIDIA_DEVICE_ROOT,
+    NVIDIA_RIM_ROOT,
     GpuFreshnessRule,
+    GpuRevocationRule,
     Policy,
     Profile,
     Waiver,
@@ -38,6 +41,7 @@ def everything() -> Policy:
     """A policy in which no field has its default."""
     return replace(
         policy_for(machine()),
+        rim_root=D32,
         max_validity_days=90,
         not_after=NOW + 60 * DAY_S,
         manifest_version=7,
@@ -53,6 +57,7 @@ def everything() -> Policy:
         gpu_count=8,
         gpu_mode="protected-pcie",
         gpu_freshness=GpuFreshnessRule.BOOT,
+        gpu_revocation=GpuRevocationRule.OPTIONAL,
         weights_roots=(D32, b"\x44" * 32),
         numerics=("bf16-hopper-v1",),
         any_config=False,
@@ -73,7 +78,9 @@ def test_every_field_survives_the_file() -> None:
 def test_new_policies_are_strict_and_survive_the_file(profile: Profile) -> None:
     policy = new_policy(profile, now=NOW)
     assert parse_policy(encode_policy(policy).encode()) == policy
-    assert (policy.tdx_root, policy.gpu_root) == (INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT)
+    roots = (policy.tdx_root, policy.gpu_root, policy.rim_root)
+    assert roots == (INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, NVIDIA_RIM_ROOT)
+    assert policy.gpu_revocation is GpuRevocationRule.REQUIRED
     assert not policy.simulated
     assert not policy.images
     assert not policy.weights_roots
@@ -151,6 +158,9 @@ def test_every_scalar_is_required() -> None:
         ("policy.contradiction", "digests = []", f'digests = ["{"00" * 32}"]'),
         ("policy.root", 'tdx = "intel"', f'tdx = "simulated:{"00" * 32}"'),
         ("policy.root", 'gpu = "nvidia"', f'gpu = "simulated:{"00" * 32}"'),
+        ("policy.root", 'rim = "nvidia"', f'rim = "simulated:{"00" * 32}"'),
+        ("policy.root", 'rim = "nvidia"', 'rim = "intel"'),
+        ("policy.value", 'revocation = "required"', 'revocation = "optional"'),
         ("policy.root", 'tdx = "intel"', f'tdx = "{"00" * 32}"'),
         ("policy.root", 'tdx = "intel"', 'tdx = "nvidia"'),
         ("policy.toml", "version = 1", "version = 1\nversion = 1"),
@@ -164,9 +174,12 @@ def test_bad_values_are_refused(code: str, old: str, new: str) -> None:
 
 
 def test_the_production_profile_takes_no_simulated_root_and_no_simulated_image() -> None:
-    with pytest.raises(PolicyError) as err:
-        new_policy(Profile.PRODUCTION, now=NOW, simulated_gpu_root=D32)
-    assert err.value.code == "policy.root"
+    for vendor in ("tdx", "gpu", "rim"):
+        root: Any = {f"simulated_{vendor}_root": D32}
+        with pytest.raises(PolicyError) as err:
+            new_policy(Profile.PRODUCTION, now=NOW, **root)
+        assert err.value.code == "policy.root"
+        assert new_policy(Profile.TEST, now=NOW, **root).simulated
     pinned = policy_for(machine())
     with pytest.raises(PolicyError) as err:
         replace(pinned, profile=Profile.PRODUCTION, tdx_root=INTEL_SGX_ROOT, gpu_root=NVIDIA_DEVICE_ROOT)

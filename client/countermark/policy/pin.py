@@ -15,11 +15,16 @@ from countermark.checks import rfc3339
 from countermark.errors import MeasurementError
 from countermark.formats import manifest as manifests
 from countermark.formats.manifest import Manifest
-from countermark.policy.value import DAY_S, INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, Policy, Profile
+from countermark.policy.value import DAY_S, INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, NVIDIA_RIM_ROOT, Policy, Profile
 
 
 def new_policy(
-    profile: Profile, *, now: int, simulated_tdx_root: bytes | None = None, simulated_gpu_root: bytes | None = None
+    profile: Profile,
+    *,
+    now: int,
+    simulated_tdx_root: bytes | None = None,
+    simulated_gpu_root: bytes | None = None,
+    simulated_rim_root: bytes | None = None,
 ) -> Policy:
     """The default policy of a profile, valid 30 days from `now`: strict, but not tied to named machines or
     configurations.
@@ -33,6 +38,7 @@ def new_policy(
         not_after=now + 30 * DAY_S,
         tdx_root=simulated_tdx_root or INTEL_SGX_ROOT,
         gpu_root=simulated_gpu_root or NVIDIA_DEVICE_ROOT,
+        rim_root=simulated_rim_root or NVIDIA_RIM_ROOT,
         any_hardware=True,
         any_config=True,
     )

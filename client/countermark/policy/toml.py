@@ -23,7 +23,9 @@ from countermark.formats.manifest import Manifest
 from countermark.policy.value import (
     INTEL_SGX_ROOT,
     NVIDIA_DEVICE_ROOT,
+    NVIDIA_RIM_ROOT,
     GpuFreshnessRule,
+    GpuRevocationRule,
     Policy,
     Profile,
     Waiver,
@@ -120,7 +122,7 @@ def _root(table: _Table, key: str, vendor: str, digest: bytes) -> bytes:
     return _hex(text.removeprefix(_SIMULATED), 32, table.name(key))
 
 
-def _enum(table: _Table, key: str, kind: type[Profile] | type[GpuFreshnessRule]) -> Any:
+def _enum(table: _Table, key: str, kind: type[Profile | GpuFreshnessRule | GpuRevocationRule]) -> Any:
     text = table.get(key, str)
     try:
         return kind(text)
@@ -158,6 +160,7 @@ def parse_policy(data: bytes) -> Policy:
         "max_validity_days": top.get("max_validity_days", int),
         "tdx_root": _root(trust, "tdx", "intel", INTEL_SGX_ROOT),
         "gpu_root": _root(trust, "gpu", "nvidia", NVIDIA_DEVICE_ROOT),
+        "rim_root": _root(trust, "rim", "nvidia", NVIDIA_RIM_ROOT),
         "manifest_signers": manifest.digests("signers", 32),
         "manifest_version": manifest.get("highest_version", int),
         "revoked_images": manifest.digests("revoked_images", 32),
@@ -173,6 +176,7 @@ def parse_policy(data: bytes) -> Policy:
         "gpu_count": gpu.get("count", int),
         "gpu_mode": gpu.get("mode", str),
         "gpu_freshness": _enum(gpu, "freshness", GpuFreshnessRule),
+        "gpu_revocation": _enum(gpu, "revocation", GpuRevocationRule),
         "weights_roots": model.digests("weights_roots", 32),
         "numerics": model.texts("numerics"),
         "any_config": config.get("any", bool, False),
@@ -209,8 +213,14 @@ def _waivers(waivers: tuple[Waiver, ...]) -> list[str]:
 
 def encode_policy(policy: Policy) -> str:
     """The policy as commented TOML that `parse_policy` reads back to an equal value."""
-    tdx = "intel" if policy.tdx_root == INTEL_SGX_ROOT else _SIMULATED + policy.tdx_root.hex()
-    gpu = "nvidia" if policy.gpu_root == NVIDIA_DEVICE_ROOT else _SIMULATED + policy.gpu_root.hex()
+    tdx, gpu, rim = (
+        vendor if root == digest else _SIMULATED + root.hex()
+        for root, digest, vendor in (
+            (policy.tdx_root, INTEL_SGX_ROOT, "intel"),
+            (policy.gpu_root, NVIDIA_DEVICE_ROOT, "nvidia"),
+            (policy.rim_root, NVIDIA_RIM_ROOT, "nvidia"),
+        )
+    )
     lines = [
         "# What this verifier accepts. An unknown key is an error; an absent list accepts nothing.",
         f"version = {VERSION}",
@@ -222,7 +232,8 @@ def encode_policy(policy: Policy) -> str:
         "[trust]  # root certificates",
         *(["# SIMULATED: evidence under such a root proves nothing about hardware."] if policy.simulated else []),
         f'tdx = "{tdx}"  # "intel", or in test and development "{_SIMULATED}<SHA-256 of the root certificate>"',
-        f'gpu = "{gpu}"',
+        f'gpu = "{gpu}"  # the device certificates; "nvidia", or likewise',
+        f'rim = "{rim}"  # who signs the expected measurements of drivers and VBIOSes; "nvidia", or likewise',
         "",
         "[manifest]  # who may publish images",
         f"signers = {_list(policy.manifest_signers)}  # SHA-256 of the ES256 and the ML-DSA-65 COSE_Key",
@@ -249,6 +260,8 @@ def encode_policy(policy: Policy) -> str:
         f"count = {policy.gpu_count}",
         f'mode = "{policy.gpu_mode}"  # cc-on, or protected-pcie',
         f'freshness = "{policy.gpu_freshness.value}"  # session: reports answer our nonce; boot: once per boot',
+        f'revocation = "{policy.gpu_revocation.value}"  # required: every certificate is covered by a CRL or an OCSP'
+        " response; if-given: none need be",
         "",
         "[model]",
         f"weights_roots = {_list(policy.weights_roots)}  # dm-verity roots",

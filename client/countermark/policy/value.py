@@ -1,7 +1,7 @@
 """The policy value: what a verifier accepts, one frozen dataclass; every weakening is a named field.
 
-Profile `production` accepts Intel's SGX root and NVIDIA's device root alone, pinned here by SHA-256 of the certificate;
-`test` and `development` may name a simulated root by its digest. An empty list accepts nothing.
+Profile `production` accepts Intel's SGX root and NVIDIA's device and RIM roots alone, pinned here by SHA-256 of the
+certificate; `test` and `development` may name a simulated root by its digest. An empty list accepts nothing.
 Not checked here: whether `not_after` has passed (appraisal does, at its time T).
 """
 
@@ -16,9 +16,10 @@ from countermark.errors import PolicyError
 from countermark.formats.manifest import ImageKind, Manifest
 from countermark.numerics import CURRENT
 
-# SHA-256 of the DER certificates: Intel SGX Root CA, and NVIDIA Device Identity CA.
+# SHA-256 of the DER certificates: Intel SGX Root CA, NVIDIA Device Identity CA, NVIDIA CoRIM signing Root CA.
 INTEL_SGX_ROOT: Final = bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")
 NVIDIA_DEVICE_ROOT: Final = bytes.fromhex("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
+NVIDIA_RIM_ROOT: Final = bytes.fromhex("12977b5115acb0381179279fffeb5a8c4d264971ebb32298023a465fa41df5d1")
 
 # TDX modules signed by Intel (MRSEAM is the SHA-384 of the module as loaded). 1.5.06 and 1.5.16 also stand in genuine
 # quotes that Intel's TCB info rates UpToDate; the others are as commonly published.
@@ -68,6 +69,16 @@ class GpuFreshnessRule(Enum):
     BOOT = "boot"
 
 
+class GpuRevocationRule(Enum):
+    """`REQUIRED`: a CRL or OCSP response valid at T must cover every GPU and RIM certificate below the roots.
+
+    `OPTIONAL`: certificates that none covers are accepted. What is there is judged under either rule.
+    """
+
+    REQUIRED = "required"
+    OPTIONAL = "if-given"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiver:
     """Something Intel advises against that is accepted all the same `until` a time (unix seconds)."""
@@ -80,8 +91,8 @@ class Waiver:
 class Policy:
     """What is accepted. Every default is the strict one. Digests are raw bytes, times unix seconds.
 
-    `tdx_root`, `gpu_root`: SHA-256 of the root certificates. `images`: verified manifests, whose registers are the
-    reference values. `manifest_version`: the highest seen, never lowered. `manifest_signers`: SHA-256 of the two
+    `tdx_root`, `gpu_root`, `rim_root`: SHA-256 of the root certificates. `images`: verified manifests, whose registers
+    are the reference values. `manifest_version`: the highest seen, never lowered. `manifest_signers`: SHA-256 of both
     COSE_Keys. `ppids`, `gpu_chips`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
     Constructing one that contradicts itself raises `PolicyError`.
     """
@@ -92,6 +103,7 @@ class Policy:
     max_validity_days: int = 30
     tdx_root: bytes = INTEL_SGX_ROOT
     gpu_root: bytes = NVIDIA_DEVICE_ROOT
+    rim_root: bytes = NVIDIA_RIM_ROOT
     manifest_signers: tuple[bytes, ...] = ()
     manifest_version: int = 0
     images: tuple[Manifest, ...] = ()
@@ -107,6 +119,7 @@ class Policy:
     gpu_count: int = 1
     gpu_mode: str = "cc-on"
     gpu_freshness: GpuFreshnessRule = GpuFreshnessRule.SESSION
+    gpu_revocation: GpuRevocationRule = GpuRevocationRule.REQUIRED
     weights_roots: tuple[bytes, ...] = ()
     numerics: tuple[str, ...] = (CURRENT,)
     any_config: bool = False
@@ -119,7 +132,8 @@ class Policy:
     @property
     def simulated(self) -> bool:
         """Whether a trust root in this policy is a simulated one."""
-        return self.tdx_root != INTEL_SGX_ROOT or self.gpu_root != NVIDIA_DEVICE_ROOT
+        vendors = (INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, NVIDIA_RIM_ROOT)
+        return (self.tdx_root, self.gpu_root, self.rim_root) != vendors
 
 
 def _refuse(message: str, code: str) -> PolicyError:
