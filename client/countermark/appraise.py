@@ -54,7 +54,7 @@ from countermark.tdx.td import verify_td
 TLS_VERSION: Final = "TLSv1.3"
 TLS_GROUP: Final = "X25519MLKEM768"
 _SEAL: Final = object()
-_STEPS: Final = {
+STEPS: Final = {
     "1": "every byte parses",
     "2": "endorsements are signed, current and not rolled back",
     "3": "quote signatures and TCB level",
@@ -211,7 +211,7 @@ class Verdict:
 
 
 def _failed(err: CountermarkError, number: str) -> Check:
-    return Check(step=number, name=_STEPS[number], status=Status.FAIL, detail=str(err), code=err.code)
+    return Check(step=number, name=STEPS[number], status=Status.FAIL, detail=str(err), code=err.code)
 
 
 class _Steps:
@@ -237,11 +237,11 @@ class _Steps:
             err.step = err.step or number
             err.checks = (*self.checks, _failed(err, err.step))
             raise
-        self.checks.append(Check(step=number, name=_STEPS[number], status=Status.PASS, detail="; ".join(details)))
+        self.checks.append(Check(step=number, name=STEPS[number], status=Status.PASS, detail="; ".join(details)))
 
     def skip(self, number: str, detail: str) -> None:
         """Record a step that the scope or the policy does not require."""
-        self.checks.append(Check(step=number, name=_STEPS[number], status=Status.SKIP, detail=detail))
+        self.checks.append(Check(step=number, name=STEPS[number], status=Status.SKIP, detail=detail))
 
 
 def appraise(

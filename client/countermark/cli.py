@@ -1,4 +1,4 @@
-"""countermark: attest, chat, verify, replay, policy, demo. Argparse, printing and exit codes; no logic.
+"""countermark: attest, chat, verify, replay, evidence, policy, demo. Argparse, printing and exit codes; no logic.
 
 stdout carries the result (with `--json` one object, with stable keys), stderr the numbered checks and progress.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from countermark import arguments, evidence_cli, terminal
 from countermark import policy as policies
-from countermark import terminal
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
 from countermark.demo import DemoResult, run_demo
@@ -40,8 +38,6 @@ from countermark.verify import Verification, verify_bundle
 EXIT_CODES = """exit codes:
   0 verified   1 usage, policy or request   10 quote   11 TCB or freshness   12 measurement   13 weights   14 GPU
   15 channel   20 receipt or bundle   21 log   30 replay diverged   40 cannot be decided   50 unavailable"""
-
-_TIMES = "expected a time such as 2026-01-31T12:00:00Z, or 'now'"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,36 +122,38 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "verify a bundle offline", json_=True)
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--policy", type=Path, required=True)
-    verify.add_argument("--at", type=_time, help="RFC 3339 time or 'now' (default: now)")
+    verify.add_argument("--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: now)")
 
     again = _command(commands, "replay", _replay, "verify bundles and run their answers again", json_=True)
     again.add_argument(
         "bundle", type=Path, nargs="+", help="several: a line each (--json: an object a line), then a summary"
     )
     again.add_argument("--policy", type=Path, required=True)
-    again.add_argument("--at", type=_time, help="RFC 3339 time or 'now' (default: now)")
+    again.add_argument("--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: now)")
     again.add_argument("--weights", type=Path, required=True, help="the weights artefact's directory")
     again.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.AUDIT.value)
     again.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run it (default: cpu)")
+
+    evidence_cli.add_commands(commands, _command)
 
     policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
         required=True, metavar="ACTION"
     )
     new = _command(policy, "new", _policy_new, "print a strict policy that accepts nothing yet")
     new.add_argument("--profile", choices=[p.value for p in Profile], default=Profile.PRODUCTION.value)
-    new.add_argument("--simulated-tdx-root", type=_digest, metavar="SHA256")
-    new.add_argument("--simulated-gpu-root", type=_digest, metavar="SHA256")
-    new.add_argument("--simulated-rim-root", type=_digest, metavar="SHA256")
+    new.add_argument("--simulated-tdx-root", type=arguments.digest, metavar="SHA256")
+    new.add_argument("--simulated-gpu-root", type=arguments.digest, metavar="SHA256")
+    new.add_argument("--simulated-rim-root", type=arguments.digest, metavar="SHA256")
     show = _command(policy, "show", _policy_show, "check a policy file and print it with every default")
     show.add_argument("policy", type=Path)
     pin = _command(policy, "pin", _policy_pin, "accept the image of a signed measurement manifest")
     pin.add_argument("manifest", type=Path)
     pin.add_argument("--policy", type=Path, required=True, help="the policy file to change")
     pin.add_argument(
-        "--signer", type=_digest, action="append", default=[], metavar="SHA256", help="both, the first time"
+        "--signer", type=arguments.digest, action="append", default=[], metavar="SHA256", help="both, the first time"
     )
     pin.add_argument(
-        "--weights", type=_digest, action="append", default=[], metavar="ROOT", help="weights root to accept"
+        "--weights", type=arguments.digest, action="append", default=[], metavar="ROOT", help="weights root to accept"
     )
     return parser
 
@@ -379,24 +377,6 @@ def _show_verdict(verdict: Verdict) -> None:
     if verdict.simulated:
         terminal.show_simulated()
     terminal.show_checks(verdict.checks)
-
-
-def _time(text: str) -> int | None:
-    if text == "now":
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r}") from err
-    if moment.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r} without an offset")
-    return int(moment.timestamp())
-
-
-def _digest(text: str) -> bytes:
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise argparse.ArgumentTypeError(f"expected 64 lower-case hex digits, got {text!r}")
-    return bytes.fromhex(text)
 
 
 def _print_json(value: object) -> None:

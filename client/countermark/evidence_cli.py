@@ -1,0 +1,81 @@
+"""`countermark evidence`: appraise raw evidence files. Arguments, files and printing; `genuine` decides."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from countermark import arguments, terminal, x509chain
+from countermark.appraise import TimeBasis
+from countermark.errors import CountermarkError, FormatError, UsageError
+from countermark.files import read_file
+from countermark.genuine import FileAppraisal, appraise_tdx_files
+from countermark.policy import Policy, Profile, load_policy, new_policy
+
+Command = Callable[..., argparse.ArgumentParser]
+
+
+def add_commands(commands: Any, command: Command) -> None:
+    """Add `evidence` and its kinds. `command(commands, name, run, text, json_=...)` makes one parser."""
+    kinds = commands.add_parser("evidence", help="appraise raw evidence files: quotes, event logs, GPU reports")
+    kinds = kinds.add_subparsers(required=True, metavar="KIND")
+
+    tdx = command(kinds, "tdx", _tdx, "appraise a TDX quote with Intel's endorsements", json_=True)
+    tdx.add_argument("quote", type=Path, metavar="QUOTE", help="binary or hex text, version 4 or 5")
+    tdx.add_argument("--collateral", type=Path, required=True, metavar="JSON", help="QuoteCollateralV3, as PCCS gives")
+    tdx.add_argument("--root-ca", type=Path, metavar="DER", help="root certificate (default: Intel's SGX root)")
+    _common(tdx)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", type=Path, help="default: the strict one of `policy new` at that time")
+    parser.add_argument(
+        "--at", type=arguments.moment, help="RFC 3339 time, Unix seconds or 'now' (default: now)", metavar="TIME"
+    )
+
+
+def _tdx(args: argparse.Namespace) -> CountermarkError | None:
+    now, basis = _time(args)
+    quote, collateral = read_file(args.quote), read_file(args.collateral)
+    policy = _policy(args, now)
+    if args.root_ca is not None:
+        policy = _with_root(args.root_ca, policy, named=args.policy is not None, now=now)
+    return _show(args, appraise_tdx_files(quote, collateral, policy, now=now, basis=basis))
+
+
+def _time(args: argparse.Namespace) -> tuple[int, TimeBasis]:
+    return (int(time.time()), TimeBasis.NOW) if args.at is None else (args.at, TimeBasis.ASSUMED)
+
+
+def _policy(args: argparse.Namespace, now: int) -> Policy:
+    return new_policy(Profile.PRODUCTION, now=now) if args.policy is None else load_policy(args.policy)
+
+
+def _with_root(path: Path, policy: Policy, *, named: bool, now: int) -> Policy:
+    data = read_file(path)
+    try:
+        pem = data.lstrip().startswith(b"-----")
+        chain = x509chain.parse_pem_chain(data, "root") if pem else x509chain.parse_der_chain([data], "root")
+    except FormatError as err:
+        raise UsageError(f"{path}: {err}", code="usage.root") from err
+    root = x509chain.digest(chain[-1])
+    if root == policy.tdx_root:
+        return policy
+    if named:
+        message = f"--root-ca: expected the policy's root {policy.tdx_root.hex()}, got {root.hex()}"
+        raise UsageError(message, code="usage.root")
+    return new_policy(Profile.TEST, now=now, simulated_tdx_root=root)
+
+
+def _show(args: argparse.Namespace, result: FileAppraisal) -> CountermarkError | None:
+    """Checks to stderr, the result to stdout; returns what decides the exit code."""
+    if result.simulated:
+        terminal.show_simulated()
+    terminal.show_checks(result.checks)
+    terminal.note(f"time: {result.time_basis.value}")
+    print(json.dumps(result.as_json()) if args.json else terminal.printable(str(result)))
+    return result.failure
