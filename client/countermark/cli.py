@@ -20,6 +20,7 @@ from countermark import arguments, evidence_cli, terminal
 from countermark import policy as policies
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
+from countermark.checks import rfc3339
 from countermark.demo import DemoResult, run_demo
 from countermark.errors import (
     CountermarkError,
@@ -324,7 +325,10 @@ def _policy_new(args: argparse.Namespace) -> None:
 
 
 def _policy_show(args: argparse.Namespace) -> None:
-    sys.stdout.write(policies.encode_policy(load_policy(args.policy)))
+    policy = load_policy(args.policy)
+    sys.stdout.write(policies.encode_policy(policy))
+    if time.time() > policy.not_after:
+        terminal.note(f"{args.policy}: EXPIRED {rfc3339(policy.not_after)}: nothing is accepted under it")
 
 
 def _policy_pin(args: argparse.Namespace) -> None:
@@ -339,6 +343,9 @@ def _policy_pin(args: argparse.Namespace) -> None:
     accepted = f"{len(after.images)} image(s), manifest version {after.manifest_version}"
     roots = f"{len(after.weights_roots)} weights root(s)" if after.weights_roots else "NO weights yet (--weights ROOT)"
     terminal.note(f"{args.policy}: accepts {accepted}, {roots}")
+    if not set(after.images[-1].mrseam) & set(after.mrseam):
+        tried = ", ".join(module.hex() for module in after.images[-1].mrseam) or "none"
+        terminal.note(f"the image was tried with TDX modules of which tdx.mrseam accepts none: {tried}")
 
 
 def _verified(args: argparse.Namespace, path: Path, policy: Policy, *, quiet: bool = False) -> Verification:

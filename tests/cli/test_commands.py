@@ -10,6 +10,7 @@ from countermark.cli import main
 from countermark.errors import CountermarkError
 from countermark_appliance import cli as appliance_cli
 from countermark_appliance.platform import sim
+from countermark_appliance.platform.sim import measure
 
 NOW = 1_800_000_000
 
@@ -65,12 +66,20 @@ def test_policy_new_show_pin(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*pin, "--signer", "00" * 32, "--signer", "11" * 32]) == 12  # strangers
     assert policy.read_bytes() == before
     assert main([*pin, *(part for signer in machine["signers"] for part in ("--signer", signer))]) == 0
-    capsys.readouterr()
+    assert "tdx.mrseam" not in capsys.readouterr().err
     assert main(["policy", "show", str(policy)]) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
     assert shown == policy.read_text()
+    assert "EXPIRED" not in said
     assert sim.load(tmp_path / "sim").signer_digests[0].hex() in shown
     assert "ab" * 32 in shown
+    module = measure.MRSEAM.hex()
+    policy.write_text(re.sub(r"(created|not_after) = 2\d\d\d", r"\1 = 2020", shown).replace(module, "00" * 48, 1))
+    assert main(pin) == 0  # the publisher's word does not make a module trusted
+    assert module in capsys.readouterr().err
+    assert f'"{module}",' not in policy.read_text()
+    assert main(["policy", "show", str(policy)]) == 0
+    assert "EXPIRED 2020-" in capsys.readouterr().err
 
 
 def test_nobody_listening(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,12 +10,23 @@ import pytest
 from countermark.errors import CountermarkError
 from countermark.formats import strict_json
 from countermark.formats.manifest import ImageKind, encode_manifest, parse_envelope, parse_manifest
-from countermark.policy import INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, Policy, Profile, new_policy, pin
+from countermark.policy import (
+    INTEL_SGX_ROOT,
+    KNOWN_MRSEAM,
+    NVIDIA_DEVICE_ROOT,
+    SIMULATED_MRSEAM,
+    Policy,
+    Profile,
+    new_policy,
+    pin,
+)
 from countermark_appliance.platform.sim import measure
 from countermark_appliance.platform.sim import state as sim_state
+from countermark_appliance.platform.sim.machine import TdLaunch
 from sim_evidence import NOW, Scene, code_folder, machine, policy_for, sha256
 
 DAY_S = 86_400
+D48 = b"\x22" * 48
 
 
 def empty(profile: Profile = Profile.DEVELOPMENT) -> Policy:
@@ -44,8 +55,24 @@ def test_a_good_manifest_brings_its_reference_values() -> None:
     image = policy.images[0]
     assert policy.manifest_signers == machine().signer_digests
     assert policy.manifest_version == image.version == 1
-    assert set(image.mrseam) < set(policy.mrseam)
     assert pin(empty(), published(), now=NOW, signers=machine().signer_digests, weights_roots=[b"w" * 32]).weights_roots
+
+
+def test_pinning_widens_nothing_but_images_weights_and_revocations() -> None:
+    before = empty()
+    after = pinned(published(mrseam=(D48,)), before)
+    assert after.images[0].mrseam == (D48,)
+    changed = {field.name for field in fields(Policy) if getattr(after, field.name) != getattr(before, field.name)}
+    assert changed == {"images", "manifest_signers", "manifest_version"}
+
+
+def test_a_module_that_only_the_publisher_names_is_refused() -> None:
+    state = replace(machine(), manifest=published(mrseam=(D48,)))
+    policy = replace(policy_for(machine()), images=pinned(state.manifest).images)
+    with pytest.raises(CountermarkError) as err:
+        Scene(launch=TdLaunch(mrseam=D48)).appraise(policy)
+    assert err.value.code == "tdx.mrseam"
+    assert Scene(launch=TdLaunch(mrseam=D48)).appraise(replace(policy, mrseam=(D48,))).image_version == 1
 
 
 def test_signers_must_be_named() -> None:
@@ -140,5 +167,8 @@ def test_a_profile_takes_only_its_kinds_of_image(profile: Profile, kind: ImageKi
         assert refusal(envelope, policy) == "policy.image"
 
 
-def test_the_simulated_roots_of_a_policy_are_those_of_the_machine() -> None:
-    assert policy_for(machine()).tdx_root == sha256(machine().root_der)
+def test_the_simulated_roots_and_module_of_a_policy_are_those_of_the_machine() -> None:
+    policy = policy_for(machine())
+    assert policy.tdx_root == sha256(machine().root_der)
+    assert policy.mrseam == (SIMULATED_MRSEAM,) == (measure.MRSEAM,)
+    assert empty().mrseam == KNOWN_MRSEAM

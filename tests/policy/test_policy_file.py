@@ -120,6 +120,63 @@ def test_an_unknown_key_is_refused_by_its_dotted_name_in_every_table() -> None:
     assert "image.extra" in code_of(pinned + "extra = 1\n")[1]
 
 
+def test_every_field_has_a_comment() -> None:
+    """On its line, or where its list or table ends."""
+    lines = encode_policy(everything()).splitlines()
+    for line in lines:
+        name, equals, value = line.partition(" = ")
+        if equals and not name.startswith(("#", "statement", '"')) and value != "[":
+            assert "  # " in line or name.isupper() or name in ("SWHardeningNeeded", "OutOfDate", "INTEL-SA-00615"), (
+                line
+            )
+        if line.startswith("]"):
+            assert line.startswith("]  # "), line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("count = 1", 'count = "two"', ("gpu.count", "a whole number", "'two'")),
+        ("count = 1", "count = 99", ("gpu.count", "1 to 16", "99")),
+        ("max_age_days = 30", "max_age_days = true", ("endorsements.max_age_days", "a whole number", "true")),
+        ("count = 1", "", ("gpu.count", "a whole number", "nothing")),
+        ("mrseam = [", "mrsem = [", ("tdx.mrsem", "unknown key", "tdx.mrseam")),
+        ("[gpu]", "[gpus]", ("gpus", "unknown key", "gpu,")),
+        ('profile = "production"', 'profile = "prod"', ("profile", "production or test or development", "'prod'")),
+        ("weights_roots = []", 'weights_roots = ["ab"]', ("model.weights_roots", "64 lower-case hex digits", "'ab'")),
+        ("weights_roots = []", "weights_roots = [7]", ("model.weights_roots", "text in quotes", "7")),
+        ("ppids = []", 'ppids = "all"', ("hardware.ppids", "a list", "'all'")),
+        ("max_validity_days = 30", "max_validity_days = 7", ("not_after", "max_validity_days = 7", "2027-02-14T")),
+        ('mode = "cc-on"', 'mode = "cc"', ("gpu.mode", "protected-pcie", "cc")),
+        ('rim = "nvidia"', f'rim = "simulated:{"0" * 64}"', ("trust.rim", "production", "simulated")),
+        ('tdx = "intel"', 'tdx = "amd"', ("trust.tdx", "'intel'", "'amd'")),
+        ("signers = []", f'signers = ["{"0" * 64}"]', ("manifest.signers", "two", "1")),
+        ("[tdx.accept_status]", "[tdx.accept_status]\nRevoked = 2027-01-15T00:00:00Z", ("accept_status", "'Revoked'")),
+        ("[tdx.accept_status]", "[tdx.accept_status]\nOutOfDate = true", ("tdx.accept_status.OutOfDate", "a time")),
+    ],
+)
+def test_a_message_names_the_key_what_it_wants_and_what_it_got(old: str, new: str, said: tuple[str, ...]) -> None:
+    text = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
+    assert old in text
+    message = code_of(text.replace(old, new, 1))[1]
+    assert all(part in message for part in said), message
+
+
+def test_an_image_that_contradicts_the_file_is_refused_by_the_key_it_contradicts() -> None:
+    pinned = policy_for(machine())
+    text = encode_policy(pinned)
+    lowered = text.replace("highest_version = 1 ", "highest_version = 0 ", 1)
+    assert lowered != text
+    code, message = code_of(lowered)
+    assert code == "policy.image"
+    assert "manifest.highest_version = 0, got 1" in message
+    revoked = text.replace("revoked_images = []", f'revoked_images = ["{pinned.images[0].image_id.hex()}"]', 1)
+    assert revoked != text
+    code, message = code_of(revoked)
+    assert code == "policy.image"
+    assert "manifest.revoked_images" in message
+
+
 def test_every_scalar_is_required() -> None:
     lines = encode_policy(new_policy(Profile.PRODUCTION, now=NOW)).splitlines()
     optional = {"any"}

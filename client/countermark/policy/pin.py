@@ -15,7 +15,16 @@ from countermark.checks import rfc3339
 from countermark.errors import MeasurementError
 from countermark.formats import manifest as manifests
 from countermark.formats.manifest import Manifest
-from countermark.policy.value import DAY_S, INTEL_SGX_ROOT, NVIDIA_DEVICE_ROOT, NVIDIA_RIM_ROOT, Policy, Profile
+from countermark.policy.value import (
+    DAY_S,
+    INTEL_SGX_ROOT,
+    KNOWN_MRSEAM,
+    NVIDIA_DEVICE_ROOT,
+    NVIDIA_RIM_ROOT,
+    SIMULATED_MRSEAM,
+    Policy,
+    Profile,
+)
 
 
 def new_policy(
@@ -39,6 +48,7 @@ def new_policy(
         tdx_root=simulated_tdx_root or INTEL_SGX_ROOT,
         gpu_root=simulated_gpu_root or NVIDIA_DEVICE_ROOT,
         rim_root=simulated_rim_root or NVIDIA_RIM_ROOT,
+        mrseam=(SIMULATED_MRSEAM,) if simulated_tdx_root else KNOWN_MRSEAM,
         any_hardware=True,
         any_config=True,
     )
@@ -51,6 +61,7 @@ def pin(
 
     `signers`: SHA-256 of the COSE_Keys of both signers; needed the first time, afterwards the policy's own count and
     may not change. `weights_roots` are added to those accepted. The image's revocations are applied to earlier pins.
+    Nothing else changes: a publisher of images says which TDX modules they were tried with, but not which are trusted.
 
     Raises `FormatError` (`manifest.*`), `PolicyError` (`policy.image`), or `MeasurementError`: `manifest.signer` (a
     stranger's key), `manifest.signature`, `manifest.not_yet_valid`, `manifest.expired`, `manifest.rolled_back`,
@@ -77,7 +88,6 @@ def pin(
         manifest_version=image.version,
         images=(*kept, image),
         revoked_images=revoked,
-        mrseam=tuple(dict.fromkeys((*policy.mrseam, *image.mrseam))),
         weights_roots=tuple(dict.fromkeys((*policy.weights_roots, *weights_roots))),
     )
 

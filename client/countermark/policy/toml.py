@@ -36,6 +36,14 @@ MAX_BYTES: Final = 8 * 1024 * 1024
 MAX_ITEMS: Final = 1024
 MAX_TIME: Final = 253_402_300_799
 _SIMULATED: Final = "simulated:"
+_KINDS: Final = {
+    int: "a whole number",
+    str: "text in quotes",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+    datetime: "a time such as 2026-01-31T00:00:00Z",
+}
 
 
 @dataclass(slots=True)
@@ -53,11 +61,12 @@ class _Table:
         self.seen.add(key)
         if key not in self.values:
             if default is ...:
-                raise PolicyError(f"{self.name(key)}: expected a value, got none", code="policy.missing_key")
+                message = f"{self.name(key)}: expected {_KINDS[kind]}, got nothing"
+                raise PolicyError(message, code="policy.missing_key")
             return default
         value = self.values[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            message = f"{self.name(key)}: expected {kind.__name__}, got {type(value).__name__}"
+            message = f"{self.name(key)}: expected {_KINDS[kind]}, got {_short(value)}"
             raise PolicyError(message, code="policy.value")
         return value
 
@@ -66,15 +75,22 @@ class _Table:
 
     def tables(self, key: str) -> list[_Table]:
         items = self.get(key, list, [])
-        if len(items) > MAX_ITEMS or not all(isinstance(item, dict) for item in items):
-            raise PolicyError(f"{self.name(key)}: expected at most {MAX_ITEMS} tables", code="policy.value")
+        self._check_items(key, items, dict)
         return [_Table(item, self.name(key)) for item in items]
 
     def texts(self, key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
         items = self.get(key, list, list(default))
-        if len(items) > MAX_ITEMS or not all(isinstance(item, str) for item in items):
-            raise PolicyError(f"{self.name(key)}: expected at most {MAX_ITEMS} texts", code="policy.value")
+        self._check_items(key, items, str)
         return tuple(items)
+
+    def _check_items(self, key: str, items: list[Any], kind: type) -> None:
+        if len(items) > MAX_ITEMS:
+            message = f"{self.name(key)}: expected at most {MAX_ITEMS} items, got {len(items)}"
+            raise PolicyError(message, code="policy.value")
+        for item in items:
+            if not isinstance(item, kind):
+                message = f"{self.name(key)}: expected each item to be {_KINDS[kind]}, got {_short(item)}"
+                raise PolicyError(message, code="policy.value")
 
     def digests(self, key: str, size: int) -> tuple[bytes, ...]:
         return tuple(_hex(item, size, self.name(key)) for item in self.texts(key))
@@ -90,7 +106,15 @@ class _Table:
         unknown = sorted(self.values.keys() - self.seen)
         if unknown:
             names = ", ".join(self.name(key) for key in unknown)
-            raise PolicyError(f"{names}: unknown key", code="policy.unknown_key")
+            known = ", ".join(self.name(key) for key in sorted(self.seen))
+            raise PolicyError(f"{names}: unknown key, expected one of {known}", code="policy.unknown_key")
+
+
+def _short(value: object) -> str:
+    """A value as it stands in a message: somebody's whole file must not come back in one."""
+    if isinstance(value, dict | list):
+        return _KINDS[type(value)]
+    return str(value).lower() if isinstance(value, bool | datetime) else f"{value!r:.80}"
 
 
 def _hex(text: str, size: int, name: str) -> bytes:
@@ -99,7 +123,8 @@ def _hex(text: str, size: int, name: str) -> bytes:
     except ValueError:
         value = b""
     if len(value) != size or value.hex() != text:
-        raise PolicyError(f"{name}: expected {size} bytes in lower-case hex, got {text!r}", code="policy.value")
+        message = f"{name}: expected {2 * size} lower-case hex digits, got {_short(text)} ({len(text)} characters)"
+        raise PolicyError(message, code="policy.value")
     return value
 
 
@@ -127,7 +152,7 @@ def _enum(table: _Table, key: str, kind: type[Profile | GpuFreshnessRule | GpuRe
     try:
         return kind(text)
     except ValueError as err:
-        message = f"{table.name(key)}: expected one of {[item.value for item in kind]}, got {text!r}"
+        message = f"{table.name(key)}: expected {' or '.join(item.value for item in kind)}, got {text!r:.80}"
         raise PolicyError(message, code="policy.value") from err
 
 
@@ -149,7 +174,7 @@ def parse_policy(data: bytes) -> Policy:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as err:
         raise PolicyError(f"policy: expected TOML: {err}", code="policy.toml") from err
     if top.get("version", int) != VERSION:
-        raise PolicyError(f"version: expected {VERSION}", code="policy.version")
+        raise PolicyError(f"version: expected {VERSION}, got {top.values['version']}", code="policy.version")
     trust, manifest, endorsements = top.table("trust"), top.table("manifest"), top.table("endorsements")
     tdx, hardware, gpu = top.table("tdx"), top.table("hardware"), top.table("gpu")
     model, config, images = top.table("model"), top.table("config"), top.tables("image")
@@ -158,6 +183,9 @@ def parse_policy(data: bytes) -> Policy:
         "created": top.time("created"),
         "not_after": top.time("not_after"),
         "max_validity_days": top.get("max_validity_days", int),
+    }
+    top.end()  # before the tables, so that one with a wrong name is named, and not what it lacks
+    values |= {
         "tdx_root": _root(trust, "tdx", "intel", INTEL_SGX_ROOT),
         "gpu_root": _root(trust, "gpu", "nvidia", NVIDIA_DEVICE_ROOT),
         "rim_root": _root(trust, "rim", "nvidia", NVIDIA_RIM_ROOT),
@@ -182,7 +210,7 @@ def parse_policy(data: bytes) -> Policy:
         "any_config": config.get("any", bool, False),
         "configs": config.digests("digests", 32),
     }
-    for table in (top, trust, manifest, endorsements, tdx, hardware, gpu, model, config, *images):
+    for table in (trust, manifest, endorsements, tdx, hardware, gpu, model, config, *images):
         table.end()
     return Policy(**values)
 
@@ -223,11 +251,11 @@ def encode_policy(policy: Policy) -> str:
     )
     lines = [
         "# What this verifier accepts. An unknown key is an error; an absent list accepts nothing.",
-        f"version = {VERSION}",
+        f"version = {VERSION}  # of this file's layout",
         f'profile = "{policy.profile.value}"  # production: the vendors\' roots and production images only',
-        f"created = {_time(policy.created)}",
-        f"not_after = {_time(policy.not_after)}  # at most max_validity_days after created",
-        f"max_validity_days = {policy.max_validity_days}",
+        f"created = {_time(policy.created)}  # to renew the policy, read it again, then change this and not_after",
+        f"not_after = {_time(policy.not_after)}  # nothing is accepted later; at most max_validity_days after created",
+        f"max_validity_days = {policy.max_validity_days}  # 30 unless you say otherwise: a policy grows stale",
         "",
         "[trust]  # root certificates",
         *(["# SIMULATED: evidence under such a root proves nothing about hardware."] if policy.simulated else []),
@@ -238,38 +266,39 @@ def encode_policy(policy: Policy) -> str:
         "[manifest]  # who may publish images",
         f"signers = {_list(policy.manifest_signers)}  # SHA-256 of the ES256 and the ML-DSA-65 COSE_Key",
         f"highest_version = {policy.manifest_version}  # never lower it: an older manifest is a rollback",
-        f"revoked_images = {_list(policy.revoked_images)}",
+        f"revoked_images = {_list(policy.revoked_images)}  # by their publisher",
         "",
         "[endorsements]  # Intel's signed statements about platforms",
-        f"max_age_days = {policy.endorsement_max_age_days}",
-        f"min_tcb_evaluation_data_number = {policy.min_tcb_evaluation_data_number}  # both TCB info and QE identity",
+        f"max_age_days = {policy.endorsement_max_age_days}  # since TCB info, QE identity and PCK CRL were issued",
+        f"min_tcb_evaluation_data_number = {policy.min_tcb_evaluation_data_number}  # of TCB info and QE identity;"
+        " higher asks for later security updates",
         "",
-        "[tdx]",
-        f"mrseam = {_list(policy.mrseam)}  # TDX modules",
+        "[tdx]  # the TDX module and the platform's security updates",
+        f"mrseam = {_list(policy.mrseam)}  # SHA-384 of the TDX modules accepted; pinning an image adds none",
         "[tdx.accept_status]  # besides UpToDate, until a time, such as OutOfDate = 2026-01-31T00:00:00Z",
         *_waivers(policy.accepted_statuses),
         "[tdx.accept_advisory]  # until a time, such as INTEL-SA-00615 = 2026-01-31T00:00:00Z",
         *_waivers(policy.accepted_advisories),
         "",
         "[hardware]  # where the machine stands is known only by naming it: PPIDs and GPU chips instead of any = true",
-        f"any = {_bool(policy.any_hardware)}",
-        f"ppids = {_list(policy.ppids)}",
+        f"any = {_bool(policy.any_hardware)}  # true: any machine whose vendor vouches for it",
+        f"ppids = {_list(policy.ppids)}  # the CPUs, as the verdict shows them",
         f"gpu_chips = {_list(policy.gpu_chips)}  # SHA-256 of the boot ROM certificate's public key",
         "",
-        "[gpu]",
-        f"count = {policy.gpu_count}",
+        "[gpu]  # every GPU of the machine",
+        f"count = {policy.gpu_count}  # exactly so many",
         f'mode = "{policy.gpu_mode}"  # cc-on, or protected-pcie',
         f'freshness = "{policy.gpu_freshness.value}"  # session: reports answer our nonce; boot: once per boot',
         f'revocation = "{policy.gpu_revocation.value}"  # required: every certificate is covered by a CRL or an OCSP'
         " response; if-given: none need be",
         "",
-        "[model]",
+        "[model]  # what computes the answers",
         f"weights_roots = {_list(policy.weights_roots)}  # dm-verity roots",
         f"numerics = {_list(policy.numerics)}  # numerics profiles",
         "",
         "[config]  # the operator's measured configuration file",
-        f"any = {_bool(policy.any_config)}",
-        f"digests = {_list(policy.configs)}",
+        f"any = {_bool(policy.any_config)}  # true: whatever the operator configured; the verdict names it",
+        f"digests = {_list(policy.configs)}  # SHA-256 of the file",
     ]
     for image in policy.images:
         lines += ["", *_image_lines(image)]

@@ -7,11 +7,13 @@ Not checked here: whether `not_after` has passed (appraisal does, at its time T)
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from countermark.checks import rfc3339
 from countermark.errors import PolicyError
 from countermark.formats.manifest import ImageKind, Manifest
 from countermark.numerics import CURRENT
@@ -33,6 +35,9 @@ KNOWN_MRSEAM: Final = tuple(
         "476a2997c62bccc78370913d0a80b956e3721b24272bc66c4d6307ced4be2865c40e26afac75f12df3425b03eb59ea7c",  # 2.0.08
     )
 )
+
+# What a simulated machine reports. Under a simulated root this value, like any other, is anybody's to claim.
+SIMULATED_MRSEAM: Final = hashlib.sha384(b"SIMULATED TDX module, version 1.5").digest()
 
 DAY_S: Final = 86_400
 # Revoked is not in the list: no policy can accept it.
@@ -142,10 +147,13 @@ def _refuse(message: str, code: str) -> PolicyError:
 
 def _check(policy: Policy) -> None:
     if policy.profile is Profile.PRODUCTION and policy.simulated:
-        raise _refuse("trust: expected intel and nvidia in the production profile, got a simulated root", "root")
+        wanted = "expected intel and nvidia in the production profile, got a simulated root"
+        raise _refuse(f"trust.{_simulated_key(policy)}: {wanted}", "root")
     if not policy.created < policy.not_after <= policy.created + policy.max_validity_days * DAY_S:
-        message = f"not_after: expected after created, by at most max_validity_days = {policy.max_validity_days}"
-        raise _refuse(message, "validity")
+        span = (
+            f"later than created = {rfc3339(policy.created)}, by at most max_validity_days = {policy.max_validity_days}"
+        )
+        raise _refuse(f"not_after: expected {span}, got {rfc3339(policy.not_after)}", "validity")
     bounds = (
         ("max_validity_days", policy.max_validity_days, 1, MAX_VALIDITY_DAYS),
         ("endorsements.max_age_days", policy.endorsement_max_age_days, 1, MAX_VALIDITY_DAYS),
@@ -158,22 +166,40 @@ def _check(policy: Policy) -> None:
             raise _refuse(f"{name}: expected {low} to {high}, got {value}", "value")
     if policy.gpu_mode not in ("cc-on", "protected-pcie"):
         raise _refuse(f"gpu.mode: expected cc-on or protected-pcie, got {policy.gpu_mode}", "value")
+    if len(set(policy.manifest_signers)) not in (0, 2):
+        message = f"manifest.signers: expected two digests, or none yet, got {len(set(policy.manifest_signers))}"
+        raise _refuse(message, "value")
     for profile in policy.numerics:
         if not (profile.isascii() and profile.isprintable()):
             raise _refuse(f"model.numerics: expected printable ASCII, got {profile!a}", "value")
     for status in policy.accepted_statuses:
         if status.name not in ACCEPTABLE_STATUSES:
-            raise _refuse(f"tdx.accept_status.{status.name}: expected one of {ACCEPTABLE_STATUSES}", "value")
+            wanted = (
+                f"expected one of {', '.join(ACCEPTABLE_STATUSES)} (UpToDate needs none, Revoked is never accepted)"
+            )
+            raise _refuse(f"tdx.accept_status: {wanted}, got {status.name!r}", "value")
     for advisory in policy.accepted_advisories:
         if not _ADVISORY.fullmatch(advisory.name):
-            raise _refuse(f"tdx.accept_advisory: expected an advisory id, got {advisory.name!r}", "value")
+            wanted = "expected an advisory such as INTEL-SA-00615"
+            raise _refuse(f"tdx.accept_advisory: {wanted}, got {advisory.name!r}", "value")
     if policy.any_hardware and (policy.ppids or policy.gpu_chips):
         raise _refuse("hardware: expected either any = true or lists, got both", "contradiction")
     if policy.any_config and policy.configs:
         raise _refuse("config: expected either any = true or digests, got both", "contradiction")
     for image in policy.images:
         if image.kind not in _KINDS[policy.profile]:
-            message = f"image {image.image_id.hex()}: expected no {image.kind.value} image in this profile"
-            raise _refuse(message, "image")
-        if image.version > policy.manifest_version or image.image_id in policy.revoked_images:
-            raise _refuse(f"image {image.image_id.hex()}: newer than highest_version, or revoked", "image")
+            kinds = " or ".join(kind.value for kind in _KINDS[policy.profile])
+            wanted = f"expected kind {kinds} in profile {policy.profile.value}, got {image.kind.value}"
+            raise _refuse(f"image {image.image_id.hex()}: {wanted}", "image")
+        if image.version > policy.manifest_version:
+            wanted = f"at most manifest.highest_version = {policy.manifest_version}"
+            raise _refuse(f"image {image.image_id.hex()}: expected version {wanted}, got {image.version}", "image")
+        if image.image_id in policy.revoked_images:
+            wanted = "expected none that manifest.revoked_images lists"
+            raise _refuse(f"image {image.image_id.hex()}: {wanted}", "image")
+
+
+def _simulated_key(policy: Policy) -> str:
+    if policy.tdx_root != INTEL_SGX_ROOT:
+        return "tdx"
+    return "gpu" if policy.gpu_root != NVIDIA_DEVICE_ROOT else "rim"
