@@ -34,7 +34,7 @@ def build(version: int = 4, **changes: object) -> bytes:
         isv_family_id=fill(16),
         report_data=fill(64),
     )
-    header = fmt.Header(version=version, qe_vendor_id=fmt.INTEL_QE_VENDOR_ID, user_data=fill(20))
+    header = fmt.Header(version=version, user_data=fill(20))
     value = fmt.Quote(
         header=header,
         body=body,
@@ -55,7 +55,10 @@ def test_genuine_quotes_parse_as_dcap_qvl_parses_them(name):
         with pytest.raises(FormatError) as refused:
             parse_quote(data)
         assert refused.value.code == "quote.trailing"
+        whole = parse_quote(data, any_trailing=True)
+        assert (len(whole.trailing), encode_quote(whole)) == (39, data)
         data = data[:4935]
+        assert replace(whole, trailing=b"") == parse_quote(data)
     ours, theirs = parse_quote(data), dcap_qvl.parse_quote(data)
     assert encode_quote(ours) == data
     assert (ours.header.version, ours.header.user_data) == (theirs.header.version, theirs.header.user_data)
@@ -110,6 +113,8 @@ def test_digest_ignores_what_no_signature_covers():
         (2, 3, "quote.key_type"),
         (4, 0, "quote.tee_type"),
         (8, 1, "quote.reserved"),
+        (12, 0, "quote.qe_vendor_id"),
+        (27, 0, "quote.qe_vendor_id"),
         (632, 0, "quote.truncated"),
         (635, 9, "quote.truncated"),
         (764, 5, "quote.certification_type"),
@@ -127,6 +132,44 @@ def test_refuses(offset, value, code):
     with pytest.raises(FormatError) as refused:
         parse_quote(bytes(data))
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 6, 7, 0xFFFF])
+def test_refuses_certification_without_a_chain(kind):
+    data = bytearray(build())
+    at = data.index(b"-----BEGIN") - 6
+    data[at : at + 2] = kind.to_bytes(2, "little")
+    with pytest.raises(FormatError) as refused:
+        parse_quote(bytes(data))
+    assert refused.value.code == "quote.chain_type"
+
+
+@pytest.mark.parametrize("kind", [0, 1, 4, 5])
+def test_refuses_bodies_of_other_kinds(kind):
+    # 1 is an SGX enclave's, 4 a TD 1.5 body with the history of its service TDs
+    data = bytearray(build(5, td15=True))
+    data[48:50] = kind.to_bytes(2, "little")
+    with pytest.raises(FormatError) as refused:
+        parse_quote(bytes(data))
+    assert refused.value.code == "quote.body_type"
+
+
+def test_what_follows_is_kept_only_when_asked_for():
+    data = build(trailing=bytes(3)) + b"text"
+    with pytest.raises(FormatError) as refused:
+        parse_quote(data)
+    assert refused.value.code == "quote.trailing"
+    assert parse_quote(data, any_trailing=True).trailing == bytes(3) + b"text"
+    with pytest.raises(FormatError) as refused:  # inside the signature data nothing may follow
+        parse_quote(data.replace(b"\x05\x00\x3b", b"\x05\x00\x3a", 1), any_trailing=True)
+    assert refused.value.code == "quote.trailing"
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n", b"\n\n", b"\0", b"\n\0", b"\r\n\0"])
+def test_pem_as_producers_end_it(ending):
+    line = b"\r\n" if ending.startswith(b"\r") else b"\n"
+    text = line.join((b"-----BEGIN CERTIFICATE-----", b"AAAA", b"-----END CERTIFICATE-----"))
+    assert parse_pem_chain(text + line + text + ending) == (b"\0\0\0", b"\0\0\0")
 
 
 def test_refuses_other_bodies_and_sizes():

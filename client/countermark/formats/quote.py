@@ -2,8 +2,10 @@
 
 Intel, "Intel TDX DCAP Quoting Library API" (rev 0.9), appendix A.3 (version 4) and A.4 (version 5); the TD report
 fields after Intel TDX Module 1.5 ABI (348551), TDREPORT_STRUCT and ATTRIBUTES; the enclave report after Intel SDM
-vol. 3D (REPORT). Integers are little-endian. Only ECDSA-256 quotes with certification data type 6 around a type 5 PEM
-chain are read, which is what the DCAP quoting enclave produces on a TDX platform. Reserved fields must be zero.
+vol. 3D (REPORT). Integers are little-endian. Only ECDSA-256 quotes of Intel's quoting enclave with certification data
+type 6 around a type 5 PEM chain are read, which is what DCAP produces on a TDX platform. The other types name the PCK
+certificate without holding its chain: they are refused as such (`quote.chain_type`), as are bodies of SGX and of TD 1.5
+with a service TD's history (types 1 and 4). Reserved fields must be zero.
 
 Quoting services hand out quotes in a fixed-size buffer, so zero bytes may follow the signature data: they are kept as
 `trailing`; any other byte there is refused. They are outside every signature, as is the certification data's framing:
@@ -36,17 +38,29 @@ _ECDSA_P256 = 2
 _TEE_TDX = 0x81
 _QE_REPORT_CERTIFICATION = 6
 _PEM_CHAIN = 5
+_CHAIN_TYPES = {
+    1: "the platform's id in plain text",
+    2: "the platform's id encrypted with RSA-2048",
+    3: "the platform's id encrypted with RSA-3072",
+    4: "a PCK certificate without its chain",
+    7: "a platform manifest",
+}
 _BODY_TYPES = {2: BODY_10_BYTES, 3: BODY_15_BYTES}
 
 
 class TdAttributes(IntFlag):
-    """TD ATTRIBUTES bits (Intel TDX Module 1.5 ABI, ATTRIBUTES). A bit without a name here is reserved."""
+    """TD ATTRIBUTES bits (Intel TDX Module 1.5 ABI, ATTRIBUTES, and `td_param_attributes_t` in the module's sources).
+
+    Bits 0 to 7 make a TD untrusted (debug, profiling by the host), 8 to 31 may affect its security, 32 to 63 do not.
+    A bit without a name here is reserved.
+    """
 
     DEBUG = 1 << 0
     HGS_PLUS_PROF = 1 << 4
     PERF_PROF = 1 << 5
     PMT_PROF = 1 << 6
     ICSSD = 1 << 16
+    SERVTD_EXT = 1 << 17
     LASS = 1 << 27
     SEPT_VE_DISABLE = 1 << 28
     MIGRATABLE = 1 << 29
@@ -58,10 +72,12 @@ class TdAttributes(IntFlag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """The 48-byte quote header; version, key type and TEE type are checked and not repeated as choices."""
+    """The 48-byte quote header, less what can have one value only.
+
+    `user_data`: the quoting enclave writes the platform's 16-byte QE id and four zero bytes; it is signed, not judged.
+    """
 
     version: int
-    qe_vendor_id: bytes  # 16
     user_data: bytes  # 20
 
 
@@ -151,8 +167,12 @@ _TD_FIELDS = (
 _TD_15_FIELDS = (("tee_tcb_svn2", 16), ("mrservicetd", 48))
 
 
-def parse_quote(data: bytes) -> Quote:
-    """Parse a quote, accounting for every byte. Raises `FormatError` with a code below `quote.`."""
+def parse_quote(data: bytes, *, any_trailing: bool = False) -> Quote:
+    """Parse a quote, accounting for every byte. Raises `FormatError` with a code below `quote.`.
+
+    `any_trailing`: keep whatever follows the signature data instead of refusing it (`quote.trailing`), for a caller who
+    has been told so and wants to know what else is wrong.
+    """
     if len(data) > MAX_QUOTE_BYTES:
         raise FormatError(f"quote: expected at most {MAX_QUOTE_BYTES} bytes, got {len(data)}", code="quote.too_long")
     reader = Reader(data, "quote")
@@ -167,11 +187,11 @@ def parse_quote(data: bytes) -> Quote:
     qe_report = parse_enclave_report(certification.take(ENCLAVE_REPORT_BYTES, "qe_report"))
     qe_report_signature = certification.take(64, "qe_report_signature")
     qe_auth_data = certification.take(certification.uint(2, "qe_auth_size"), "qe_auth_data")
-    certification.expect(_PEM_CHAIN, 2, "chain_type")
+    _expect_pem_chain(certification.uint(2, "chain_type"))
     pck_chain_pem = certification.take(certification.uint(4, "chain_size"), "chain")
     certification.end()
     trailing = reader.take(reader.left, "trailing")
-    if any(trailing):
+    if any(trailing) and not any_trailing:
         message = f"quote: expected only zero bytes after offset {len(data) - len(trailing)}"
         raise FormatError(message, code="quote.trailing")
     return Quote(
@@ -185,6 +205,13 @@ def parse_quote(data: bytes) -> Quote:
         pck_chain_pem=pck_chain_pem,
         trailing=trailing,
     )
+
+
+def _expect_pem_chain(kind: int) -> None:
+    if kind != _PEM_CHAIN:
+        got = f"{kind} ({_CHAIN_TYPES[kind]})" if kind in _CHAIN_TYPES else str(kind)
+        message = f"quote.chain_type: expected {_PEM_CHAIN} (the PCK certificate chain in PEM), got {got}"
+        raise FormatError(message, code="quote.chain_type")
 
 
 def encode_quote(quote: Quote) -> bytes:
@@ -216,7 +243,7 @@ def encode_signed_part(header: Header, body: TdReport) -> bytes:
     if body.tee_tcb_svn2 is not None and body.mrservicetd is not None:
         fields += body.tee_tcb_svn2 + body.mrservicetd
     out = header.version.to_bytes(2, "little") + _ECDSA_P256.to_bytes(2, "little") + _TEE_TDX.to_bytes(4, "little")
-    out += bytes(4) + header.qe_vendor_id + header.user_data
+    out += bytes(4) + INTEL_QE_VENDOR_ID + header.user_data
     if header.version == 5:
         out += (3 if is_15 else 2).to_bytes(2, "little") + len(fields).to_bytes(4, "little")
     return out + fields
@@ -244,8 +271,8 @@ def _parse_header(reader: Reader) -> Header:
     reader.expect(_ECDSA_P256, 2, "key_type")
     reader.expect(_TEE_TDX, 4, "tee_type")
     reader.expect(0, 4, "reserved")
-    vendor = reader.take(16, "qe_vendor_id")
-    return Header(version=version, qe_vendor_id=vendor, user_data=reader.take(20, "user_data"))
+    reader.expect(INTEL_QE_VENDOR_ID, 16, "qe_vendor_id")
+    return Header(version=version, user_data=reader.take(20, "user_data"))
 
 
 def _parse_body(reader: Reader, version: int) -> TdReport:
@@ -253,7 +280,8 @@ def _parse_body(reader: Reader, version: int) -> TdReport:
     if version == 5:
         kind = reader.uint(2, "body_type")
         if kind not in _BODY_TYPES:
-            raise FormatError(f"quote.body_type: expected 2 or 3, got {kind}", code="quote.body_type")
+            message = f"quote.body_type: expected 2 (TD 1.0) or 3 (TD 1.5), got {kind}"
+            raise FormatError(message, code="quote.body_type")
         size = _BODY_TYPES[kind]
         reader.expect(size, 4, "body_size")
     layout = _TD_FIELDS + (_TD_15_FIELDS if size == BODY_15_BYTES else ())

@@ -20,7 +20,6 @@ from countermark.formats.boot_events import GpuIdentity, GpuMode
 from countermark.formats.eventlog import Event, EventLog, SpecId
 from countermark.formats.evidence import Endorsements, GpuEvidence, PlatformName
 from countermark.formats.quote import (
-    INTEL_QE_VENDOR_ID,
     EnclaveReport,
     Header,
     Quote,
@@ -109,9 +108,7 @@ class SimPlatform:
         launch, pck = self._launch, self._state.vendor.pck
         with self._lock:
             rtmr3 = self._rtmr3
-        header = Header(
-            version=launch.version, qe_vendor_id=INTEL_QE_VENDOR_ID, user_data=b"SIMULATED".ljust(20, b"\0")
-        )
+        header = Header(version=launch.version, user_data=b"SIMULATED".ljust(20, b"\0"))
         body = TdReport(
             tee_tcb_svn=launch.tee_tcb_svn,
             mrseam=launch.mrseam,
