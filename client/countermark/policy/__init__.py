@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from countermark.policy.modules import KNOWN_MRSEAM
 from countermark.policy.pin import new_policy, pin, verify_manifest
 from countermark.policy.toml import encode_policy, load_policy, parse_policy
 from countermark.policy.value import (
     DAY_S,
     INTEL_SGX_ROOT,
-    KNOWN_MRSEAM,
     NVIDIA_DEVICE_ROOT,
     NVIDIA_RIM_ROOT,
     SIMULATED_MRSEAM,

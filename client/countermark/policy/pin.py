@@ -15,10 +15,11 @@ from countermark.checks import rfc3339
 from countermark.errors import MeasurementError
 from countermark.formats import manifest as manifests
 from countermark.formats.manifest import Manifest
+from countermark.policy.floors import tcb_evaluation_floor
+from countermark.policy.modules import KNOWN_MRSEAM
 from countermark.policy.value import (
     DAY_S,
     INTEL_SGX_ROOT,
-    KNOWN_MRSEAM,
     NVIDIA_DEVICE_ROOT,
     NVIDIA_RIM_ROOT,
     SIMULATED_MRSEAM,
@@ -48,6 +49,7 @@ def new_policy(
         tdx_root=simulated_tdx_root or INTEL_SGX_ROOT,
         gpu_root=simulated_gpu_root or NVIDIA_DEVICE_ROOT,
         rim_root=simulated_rim_root or NVIDIA_RIM_ROOT,
+        min_tcb_evaluation_data_number=tcb_evaluation_floor(now),
         mrseam=(SIMULATED_MRSEAM,) if simulated_tdx_root else KNOWN_MRSEAM,
         any_hardware=True,
         any_config=True,

@@ -17,24 +17,12 @@ from countermark.checks import rfc3339
 from countermark.errors import PolicyError
 from countermark.formats.manifest import ImageKind, Manifest
 from countermark.numerics import CURRENT
+from countermark.policy.modules import KNOWN_MRSEAM
 
 # SHA-256 of the DER certificates: Intel SGX Root CA, NVIDIA Device Identity CA, NVIDIA CoRIM signing Root CA.
 INTEL_SGX_ROOT: Final = bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")
 NVIDIA_DEVICE_ROOT: Final = bytes.fromhex("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
 NVIDIA_RIM_ROOT: Final = bytes.fromhex("12977b5115acb0381179279fffeb5a8c4d264971ebb32298023a465fa41df5d1")
-
-# TDX modules signed by Intel (MRSEAM is the SHA-384 of the module as loaded). 1.5.06 and 1.5.16 also stand in genuine
-# quotes that Intel's TCB info rates UpToDate; the others are as commonly published.
-KNOWN_MRSEAM: Final = tuple(
-    bytes.fromhex(value)
-    for value in (
-        "5b38e33a6487958b72c3c12a938eaa5e3fd4510c51aeeab58c7d5ecee41d7c436489d6c8e4f92f160b7cad34207b00c1",  # 1.5.06
-        "49b66faa451d19ebbdbe89371b8daf2b65aa3984ec90110343e9e2eec116af08850fa20e3b1aa9a874d77a65380ee7e6",  # 1.5.08
-        "7bf063280e94fb051f5dd7b1fc59ce9aac42bb961df8d44b709c9b0ff87a7b4df648657ba6d1189589feab1d5a3c9a9d",  # 1.5.16
-        "685f891ea5c20e8fa27b151bf34bf3b50fbaf7143cc53662727cbdb167c0ad8385f1f6f3571539a91e104a1c96d75e04",  # 2.0.02
-        "476a2997c62bccc78370913d0a80b956e3721b24272bc66c4d6307ced4be2865c40e26afac75f12df3425b03eb59ea7c",  # 2.0.08
-    )
-)
 
 # What a simulated machine reports. Under a simulated root this value, like any other, is anybody's to claim.
 SIMULATED_MRSEAM: Final = hashlib.sha384(b"SIMULATED TDX module, version 1.5").digest()
@@ -47,6 +35,8 @@ ACCEPTABLE_STATUSES: Final = (
     "ConfigurationAndSWHardeningNeeded",
     "OutOfDate",
     "OutOfDateConfigurationNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
 )
 MAX_VALIDITY_DAYS: Final = 3660
 _ADVISORY: Final = re.compile(r"[A-Z0-9-]{1,32}")
