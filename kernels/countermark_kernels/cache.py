@@ -43,7 +43,7 @@ _PANEL = 16
 class Pool:
     """The memory of `blocks` blocks on `device`. Raises MemoryError where there is not so much."""
 
-    __slots__ = ("blocks", "head_dim", "k", "kv_heads", "layers", "s_k", "s_v", "triton", "v")
+    __slots__ = ("_views", "blocks", "head_dim", "k", "kv_heads", "layers", "s_k", "s_v", "triton", "v")
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class Pool:
             self.k = _zeros(*outer, BLOCK // _PANEL, head_dim // 4, _PANEL, 4, dtype=torch.int8)
             self.v = _zeros(*outer, BLOCK // 2, head_dim, 2, dtype=torch.int8)
             self.s_k, self.s_v = (_zeros(*outer, BLOCK, dtype=torch.float32) for _ in range(2))
+        self._views = [self._view(index) for index in range(layers)]
 
     @staticmethod
     def block_bytes(*, layers: int, kv_heads: int, head_dim: int) -> int:
@@ -92,6 +93,9 @@ class Pool:
         """k, s_k, v, s_v of one layer, [blocks, kv_heads, ...]."""
         if not 0 <= index < self.layers:
             raise ValueError(f"layer: expected 0..{self.layers - 1}, got {index}")
+        return self._views[index]
+
+    def _view(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         k, s_k, v, s_v = (x[index] for x in (self.k, self.s_k, self.v, self.s_v))
         if self.triton:
             return k, s_k, v, s_v

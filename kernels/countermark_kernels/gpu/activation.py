@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import flags, hadamard, ieee, overlap
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.quantise import factors
 from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 
@@ -106,16 +107,15 @@ def swiglu_quantise(gate_up: Tensor, block: int) -> tuple[Tensor, Tensor]:
     s = torch.empty(rows, device=gate_up.device)
     given = (gate_up, q, s, flags.word(gate_up.device))
     size = next_power_of_2(width)
-    stages = {"STAGES": block.bit_length() - 1, **overlap.launch(gate_up.device, rows), **ieee.EXACT}
+    stages = {"STAGES": block.bit_length() - 1, **overlap.launch(gate_up.device, rows)}
     if rows > FEW:
         chunk = min(size, CHUNK)
         parts = {"PARTS": cdiv(width, chunk), "CHUNK": chunk, "num_warps": max(chunk // 512, 1)}
-        _kernel[(rows,)](*given, width, **parts, **stages)
+        prepared(_kernel, **parts, **stages)((rows,), *given, width)
     elif rows:
         mixed = torch.empty(rows, width, dtype=torch.int16, device=gate_up.device)
         part = min(size, PART)
         grid = (rows, cdiv(width, part))
-        _shared_kernel[grid](
-            *given, mixed, *_words(gate_up.device), width, PART=part, CHUNK=min(size, CHUNK), num_warps=4, **stages
-        )
+        shared = prepared(_shared_kernel, PART=part, CHUNK=min(size, CHUNK), num_warps=4, **stages)
+        shared(grid, *given, mixed, *_words(gate_up.device), width)
     return q, s

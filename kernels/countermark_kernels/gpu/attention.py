@@ -21,6 +21,7 @@ from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import attention_split, flags, ieee
 from countermark_kernels.gpu import attention_steps as steps
 from countermark_kernels.gpu.batch import ROWS, Plan, hopper, plan
+from countermark_kernels.gpu.launching import prepared
 
 __all__ = ["Plan", "attend", "plan"]
 
@@ -97,9 +98,8 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, *, layer: int) -> Tensor:
             gpu("attention_hopper").attend(q, s_q, pool, layer, batch.tables, batch.tiles, out, flag, c)
         else:
             pool_and_batch = (k, s_k, v, s_v, batch.tables, batch.tiles)
-            _prefill[pool.kv_heads, batch.tiles.shape[0]](
-                q, s_q, *pool_and_batch, out, flag, c, M=ROWS, **shape, num_warps=4, **ieee.EXACT
-            )
+            prefill = prepared(_prefill, M=ROWS, **shape, num_warps=4)
+            prefill((pool.kv_heads, batch.tiles.shape[0]), q, s_q, *pool_and_batch, out, flag, c)
     if batch.short is not None:
         attention_split.attend(q, s_q, batch, batch.short, layer=layer, out=out)
     return out

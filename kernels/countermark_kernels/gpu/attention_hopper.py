@@ -14,6 +14,8 @@ bytes come from one fused product and sum, and only blocks that reach past a gro
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,12 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from countermark_kernels import attention as specified
 from countermark_kernels import ieee as arithmetic
-from countermark_kernels.gpu import ieee
 from countermark_kernels.gpu.cache import BLOCK, Pool
+from countermark_kernels.gpu.launching import Block, Matrix, prepared
 from countermark_kernels.gpu.linear_hopper import multiprocessors
 
 SLOTS = 4  # pairs of blocks in shared memory
@@ -471,36 +472,29 @@ def attend(
 ) -> None:
     """Launch `prefill` over `tiles` of at most batch.HOPPER_ROWS rows, the longest first."""
     items = tiles.shape[0] * pool.kv_heads
-    prefill[(min(multiprocessors(q.device), items),)](
-        q,
-        s_q,
-        *_descriptors(pool, layer),
-        tables,
-        tiles,
-        out,
-        flag,
-        c,
-        items,
-        HEADS=q.shape[1],
-        KV_HEADS=pool.kv_heads,
-        D=pool.head_dim,
-        N=BLOCK,
-        SLOTS=SLOTS,
-        num_warps=4,
-        **ieee.EXACT,
+    sizes = {"HEADS": q.shape[1], "KV_HEADS": pool.kv_heads, "D": pool.head_dim, "N": BLOCK, "SLOTS": SLOTS}
+    launch = prepared(prefill, **sizes, num_warps=4)
+    grid = (min(multiprocessors(q.device), items),)
+    launch(grid, q, s_q, *_lines(pool, layer), tables, tiles, out, flag, c, items)
+
+
+@cache
+def _blocks(d: int) -> tuple[Block, Block, Block]:
+    """Of keys, of values, and of the scales of either."""
+    return (
+        Block(BLOCK, d, gl.NVMMASharedLayout(swizzle_byte_width=d, element_bitwidth=8, rank=2)),
+        Block(d, BLOCK, gl.NVMMASharedLayout(swizzle_byte_width=BLOCK, element_bitwidth=8, rank=2)),
+        Block(1, BLOCK, gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)),
     )
 
 
-def _descriptors(pool: Pool, layer: int) -> tuple[TensorDescriptor, ...]:
-    """k, s_k, v, s_v of a layer as matrices of lines, for bulk copies."""
+def _lines(pool: Pool, layer: int) -> tuple[Matrix, ...]:
+    """k, s_k, v, s_v of a layer as matrices of lines."""
     k, s_k, v, s_v = pool.layer(layer)
-    d = pool.head_dim
-    bytes_k = gl.NVMMASharedLayout(swizzle_byte_width=d, element_bitwidth=8, rank=2)
-    bytes_v = gl.NVMMASharedLayout(swizzle_byte_width=BLOCK, element_bitwidth=8, rank=2)
-    words = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    keys, values, scales = _blocks(pool.head_dim)
     return (
-        TensorDescriptor.from_tensor(k.view(-1, d), [BLOCK, d], bytes_k),
-        TensorDescriptor.from_tensor(s_k.view(-1, BLOCK), [1, BLOCK], words),
-        TensorDescriptor.from_tensor(v.view(-1, BLOCK), [d, BLOCK], bytes_v),
-        TensorDescriptor.from_tensor(s_v.view(-1, BLOCK), [1, BLOCK], words),
+        Matrix(k.view(-1, pool.head_dim), keys),
+        Matrix(s_k.view(-1, BLOCK), scales),
+        Matrix(v.view(-1, BLOCK), values),
+        Matrix(s_v.view(-1, BLOCK), scales),
     )

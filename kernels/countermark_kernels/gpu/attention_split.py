@@ -23,6 +23,7 @@ from countermark_kernels.cache import BLOCK
 from countermark_kernels.gpu import attention_steps as steps
 from countermark_kernels.gpu import flags, ieee, overlap
 from countermark_kernels.gpu.batch import Plan, Short
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sizes import next_power_of_2
 
 STAGES, STAGES_WHOLE = 5, 3
@@ -307,18 +308,19 @@ def attend(q: Tensor, s_q: Tensor, batch: Plan, short: Short, *, layer: int, out
     scores = torch.empty(parts * short.chunk, device=device)
     shape = {"GROUP": batch.heads // pool.kv_heads, "KV_HEADS": pool.kv_heads, "D": head_dim, "N": BLOCK}
     shape |= {"R": short.rows, "M": max(16, next_power_of_2(short.rows)), "CHUNK": short.chunk}
-    options = {"num_warps": 4, "num_stages": STAGES, **overlap.launch(device), **ieee.EXACT}
+    options = {"num_warps": 4, "num_stages": STAGES, **overlap.launch(device)}
     grid = (items * pool.kv_heads,)
     flag = flags.word(device)
     c = specified.SCORE_CONSTANTS[head_dim]
     if items == short.tiles.shape[0] and short.rows <= ROWS_WHOLE:
         shape["M"], options["num_stages"] = ROWS_WHOLE, STAGES_WHOLE
-        _whole[grid](q, s_q, k, s_k, v, s_v, batch.tables, short.tiles, scores, out, flag, c, **shape, **options)
+        whole = prepared(_whole, **shape, **options)
+        whole(grid, q, s_q, k, s_k, v, s_v, batch.tables, short.tiles, scores, out, flag, c)
         return
     maxima = torch.empty(2 * parts, device=device)
     partial = torch.empty(parts * head_dim, dtype=torch.int32, device=device)
     sums = torch.empty(parts, dtype=torch.int64, device=device)
     found = (batch.tables, short.tiles, short.items, scores, maxima)
-    _score[grid](q, s_q, k, s_k, s_v, *found, c, **shape, **options)
+    prepared(_score, **shape, **options)(grid, q, s_q, k, s_k, s_v, *found, c)
     results = (partial, sums, short.arrivals, out, flag)
-    _combine[grid](s_q, v, s_v, *found, *results, c, **shape, OTHERS=OTHERS, **options)
+    prepared(_combine, **shape, OTHERS=OTHERS, **options)(grid, s_q, v, s_v, *found, *results, c)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.cache import BLOCK, Pool
-from countermark_kernels.gpu import ieee
+from countermark_kernels.gpu.launching import prepared
 
 __all__ = ["BLOCK", "Pool", "append", "value_order", "value_slot"]
 
@@ -45,4 +45,4 @@ def append(rows: tuple[Tensor, ...], slots: Tensor, layer: tuple[Tensor, ...]) -
     """k, s_k, v, s_v of some tokens into a pool's layer. slots: [tokens] int64, block * BLOCK + place."""
     tokens, heads, d = rows[0].shape
     if tokens:
-        _append[tokens, heads](*rows, slots, *layer, heads, D=d, BLOCK=BLOCK, **ieee.EXACT)
+        prepared(_append, D=d, BLOCK=BLOCK)((tokens, heads), *rows, slots, *layer, heads)

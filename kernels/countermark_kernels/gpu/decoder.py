@@ -15,8 +15,9 @@ from torch import Tensor
 
 from countermark_kernels.attention import Span
 from countermark_kernels.cache import BLOCK
-from countermark_kernels.gpu import activation, attention, ieee, linear, norm, quantise, rope
+from countermark_kernels.gpu import activation, attention, linear, norm, quantise, rope
 from countermark_kernels.gpu.batch import Plan
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 from countermark_kernels.linear import Weight
 
@@ -48,8 +49,8 @@ def embed(table: Tensor, tokens: Tensor, carried: Tensor, drawn: Tensor) -> Tens
     x = torch.empty(rows, width, device=table.device)
     block = min(next_power_of_2(width), 1024)
     grid = (rows, cdiv(width, block))
-    sizes = {"STRIDE": drawn.stride(0), "BLOCK": block}
-    _embed[grid](table, tokens, carried, drawn, x, width, vocab, **sizes, **ieee.EXACT)
+    gather = prepared(_embed, STRIDE=drawn.stride(0), BLOCK=block)
+    gather(grid, table, tokens, carried, drawn, x, width, vocab)
     return x
 
 

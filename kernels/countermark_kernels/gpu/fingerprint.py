@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import ieee
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sizes import cdiv
 
 SLICE = 2048
@@ -48,5 +49,5 @@ def fingerprint(logits: Tensor, vocab: int) -> Tensor:
     rows, stride = logits.shape
     lanes = torch.zeros(rows, 2, dtype=torch.int64, device=logits.device)
     if rows:
-        _kernel[(rows, cdiv(vocab, SLICE))](logits, lanes, stride, vocab, SLICE=SLICE, **ieee.EXACT)
+        prepared(_kernel, SLICE=SLICE)((rows, cdiv(vocab, SLICE)), logits, lanes, stride, vocab)
     return lanes

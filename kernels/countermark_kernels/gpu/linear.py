@@ -26,6 +26,7 @@ from torch import Tensor
 
 from countermark_kernels.gpu import ieee, linear_hopper, overlap
 from countermark_kernels.gpu.batch import hopper
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 
 ROWS_MAX = 2
@@ -159,10 +160,11 @@ def rows(
     grid = cdiv(outputs, n)
     if then is not None and then.numel() < grid * PROGRAM_BYTES:
         then = None
-    _rows[(grid,)](
-        q.view(torch.int32), s, w.view(torch.int32), ws, bias, residual, then, y, count, outputs, inputs // 4,
-        ROWS=next_power_of_2(count), BN=n, BK=block, BYTES=PROGRAM_BYTES, GPU=q.is_cuda, num_warps=4,
-        **overlap.launch(q.device), **ieee.EXACT,
+    prepared(
+        _rows, ROWS=next_power_of_2(count), BN=n, BK=block, BYTES=PROGRAM_BYTES, GPU=q.is_cuda, num_warps=4,
+        **overlap.launch(q.device),
+    )(
+        (grid,), q.view(torch.int32), s, w.view(torch.int32), ws, bias, residual, then, y, count, outputs, inputs // 4
     )  # fmt: skip
 
 
@@ -181,11 +183,10 @@ def tiles(
             split *= 2
     if split > 1 and grid * split > PROGRAMS:
         raise ValueError(f"split: expected at most {PROGRAMS} programs, got {grid * split}")
-    _tiles[(grid * split,)](
-        q, s, w, ws, bias, residual, y, *workspace(q.device), count, outputs, inputs,
-        BM=m, BN=N, BK=K, SPLIT=split, EVEN=inputs % K == 0, num_warps=4, num_stages=STAGES,
-        **overlap.launch(q.device), **ieee.EXACT,
-    )  # fmt: skip
+    prepared(
+        _tiles, BM=m, BN=N, BK=K, SPLIT=split, EVEN=inputs % K == 0, num_warps=4, num_stages=STAGES,
+        **overlap.launch(q.device),
+    )((grid * split,), q, s, w, ws, bias, residual, y, *workspace(q.device), count, outputs, inputs)  # fmt: skip
 
 
 def few(count: int, outputs: int) -> bool:

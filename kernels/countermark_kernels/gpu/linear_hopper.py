@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from countermark_kernels.gpu import ieee, linear_wide
+from countermark_kernels.gpu import linear_wide
+from countermark_kernels.gpu.launching import Block, Matrix, prepared
 from countermark_kernels.gpu.linear_wide import place
 from countermark_kernels.gpu.sizes import cdiv
 
@@ -139,6 +139,12 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
+@cache
+def block(rows: int, columns: int) -> Block:
+    """A block of q or w."""
+    return Block(rows, columns, LAYOUT)
+
+
 @lru_cache(maxsize=4096)
 def choose(count: int, outputs: int, multiprocessors: int) -> Tile:
     """The tile for this shape: by rounds of tiles, where the matrix unit or the L2 cache is what limits."""
@@ -163,10 +169,10 @@ def tiles(q: Tensor, s: Tensor, w: Tensor, ws: Tensor, bias: Tensor | None, resi
         linear_wide.tiles(q, s, w, ws, bias, residual, y, multiprocessors(q.device))
         return
     grid = min(multiprocessors(q.device) * tile.programs, cdiv(count, tile.m) * cdiv(outputs, tile.n))
-    _tiles[(grid,)](
-        TensorDescriptor.from_tensor(q, [tile.m, tile.k], LAYOUT), s,
-        TensorDescriptor.from_tensor(w, [tile.n, tile.k], LAYOUT), ws,
+    product = prepared(
+        _tiles, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.m // 16, launch_pdl=True
+    )
+    product(
+        (grid,), Matrix(q, block(tile.m, tile.k)), s, Matrix(w, block(tile.n, tile.k)), ws,
         bias, residual, y, count, outputs, inputs,
-        BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.m // 16, launch_pdl=True,
-        **ieee.EXACT,
     )  # fmt: skip

@@ -20,9 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from countermark_kernels.gpu import ieee
+from countermark_kernels.gpu.launching import Block, Matrix, prepared
 from countermark_kernels.gpu.sizes import cdiv
 
 GROUPS = gl.constexpr(2)
@@ -35,6 +34,8 @@ HEIGHT = gl.constexpr(8)  # tiles of rows that share columns of w while they are
 M, N, K = 128, 256, 128
 OPERAND = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 RESULT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+OF_Q, OF_W = Block(ROWS.value, K, OPERAND), Block(N, K, OPERAND)
+OF_Y = Block(ROWS.value, COLUMNS.value, RESULT)
 
 
 @gluon.jit
@@ -215,9 +216,5 @@ def tiles(
     count, inputs = q.shape
     outputs = w.shape[0]
     grid = min(programs, cdiv(count, M) * cdiv(outputs, N))
-    _tiles[(grid,)](
-        TensorDescriptor.from_tensor(q, [ROWS.value, K], OPERAND), s,
-        TensorDescriptor.from_tensor(w, [N, K], OPERAND), ws, bias, residual,
-        TensorDescriptor.from_tensor(y, [ROWS.value, COLUMNS.value], RESULT), count, outputs, inputs,
-        num_warps=4, launch_pdl=True, **ieee.EXACT,
-    )  # fmt: skip
+    product = prepared(_tiles, num_warps=4, launch_pdl=True)
+    product((grid,), Matrix(q, OF_Q), s, Matrix(w, OF_W), ws, bias, residual, Matrix(y, OF_Y), count, outputs, inputs)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import ieee
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sampler import LEAST, ordered, token_key, weight
 from countermark_kernels.gpu.sizes import cdiv, next_power_of_2
 
@@ -54,7 +55,6 @@ def likely(logits: Tensor, count: int) -> Tensor:
     stride = 1 + padded + parts * padded
     found = torch.zeros(rows, stride, dtype=torch.int64, device=logits.device)
     largest = logits.amax(dim=-1)
-    sizes = {"COUNT": padded, **ieee.EXACT}
-    _slices[(rows, parts)](logits, largest, found, vocab, stride, SLICE=SLICE, **sizes)
-    _rows[(rows,)](found, stride, parts, SIZE=next_power_of_2(parts * padded), **sizes)
+    prepared(_slices, SLICE=SLICE, COUNT=padded)((rows, parts), logits, largest, found, vocab, stride)
+    prepared(_rows, SIZE=next_power_of_2(parts * padded), COUNT=padded)((rows,), found, stride, parts)
     return found[:, : 1 + count]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import flags, ieee, overlap
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.quantise import factors, row_launch
 
 
@@ -56,8 +57,8 @@ def norm_quantise(x: Tensor, eps: float, *, first: bool = False) -> tuple[Tensor
     q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     s = torch.empty(rows, device=x.device)
     if rows:
-        options = {**row_launch(width), **overlap.launch(x.device, rows), **ieee.EXACT}
+        options = {**row_launch(width), **overlap.launch(x.device, rows)}
         if first:
             options["launch_pdl"] = False
-        _kernel[(rows,)](x, q, s, flags.word(x.device), width, eps, **options)
+        prepared(_kernel, **options)((rows,), x, q, s, flags.word(x.device), width, eps)
     return q, s

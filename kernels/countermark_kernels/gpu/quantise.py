@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import flags, ieee, overlap
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sizes import next_power_of_2
 
 
@@ -45,6 +46,6 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     s = torch.empty(rows, device=x.device)
     if rows:
-        options = {**row_launch(width), **overlap.launch(x.device, rows), **ieee.EXACT}
-        _kernel[(rows,)](x, q, s, flags.word(x.device), width, **options)
+        options = {**row_launch(width), **overlap.launch(x.device, rows)}
+        prepared(_kernel, **options)((rows,), x, q, s, flags.word(x.device), width)
     return q, s

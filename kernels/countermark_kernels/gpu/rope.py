@@ -19,6 +19,7 @@ from torch import Tensor
 
 from countermark_kernels.gpu import flags, hadamard, ieee, overlap
 from countermark_kernels.gpu.cache import value_slot
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.norm import exponent, inverse_rms, squares
 from countermark_kernels.gpu.quantise import factors
 from countermark_kernels.gpu.sizes import cdiv
@@ -172,15 +173,19 @@ def rope_quantise(
     flag = flags.word(qkv.device)
     group = math.gcd(heads, kv_heads, 4)
     programs = rows * ((heads + kv_heads) // group)
-    common = {"PAGE": page, "D": head_dim, **overlap.launch(qkv.device, rows), **ieee.EXACT}
+    common = {"PAGE": page, "D": head_dim, **overlap.launch(qkv.device, rows)}
     if rows:
-        _kernel[(programs + (rows * kv_heads if rows <= FEW else 0),)](
+        gained = q_gain is not None
+        kernel = prepared(_kernel, STAGES=head_dim.bit_length() - 1, GAINED=gained, GROUP=group, num_warps=1, **common)
+        kernel(
+            (programs + (rows * kv_heads if rows <= FEW else 0),),
             qkv, positions, cos, sin, q_gain, k_gain, slots, q, s_q, *pool, flag, rows, cos.shape[0], heads, kv_heads,
-            eps, STAGES=head_dim.bit_length() - 1, GAINED=q_gain is not None, GROUP=group, num_warps=1, **common,
+            eps,
         )  # fmt: skip
     if rows > FEW:
         grid = (cdiv(rows, VALUES) * kv_heads,)
-        _values_kernel[grid](qkv, slots, v, s_v, flag, rows, heads, kv_heads, VALUES=VALUES, num_warps=4, **common)
+        values = prepared(_values_kernel, VALUES=VALUES, num_warps=4, **common)
+        values(grid, qkv, slots, v, s_v, flag, rows, heads, kv_heads)
     return q, s_q
 
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from countermark_kernels.gpu import fingerprint, flags, ieee, overlap
+from countermark_kernels.gpu.launching import prepared
 from countermark_kernels.gpu.sizes import cdiv
 
 ID_BITS = tl.constexpr(18)
@@ -358,7 +359,7 @@ def adjust(logits: Tensor, entries: Tensor, fields: Tensor) -> Tensor:
     out = logits.clone() if count else logits
     if count:
         grid = (cdiv(count, 256),)
-        _adjust[grid](out, entries, fields, count, logits.shape[1], BLOCK=256, **ieee.EXACT)
+        prepared(_adjust, BLOCK=256)(grid, out, entries, fields, count, logits.shape[1])
     return out
 
 
@@ -367,7 +368,7 @@ def remember(counts: Tensor, tokens: Tensor, prompt: int) -> None:
     counts.zero_()
     count = tokens.shape[0]
     if count:
-        _remember[(cdiv(count, 256),)](counts, tokens, count, prompt, BLOCK=256, **ieee.EXACT)
+        prepared(_remember, BLOCK=256)((cdiv(count, 256),), counts, tokens, count, prompt)
 
 
 class Scratch:
@@ -405,12 +406,13 @@ def draw(
     rows, vocab = logits.shape
     flag, ids, best, lanes = flags.word(logits.device), scratch.ids[:rows], scratch.best[:rows], scratch.lanes[:rows]
     grid = (rows, cdiv(vocab, SLICE))
-    options = {**overlap.launch(logits.device, rows), **ieee.EXACT}
-    _scan[grid](logits, best, flag, fields, counts, bias, lanes, vocab, SLICE=SLICE, **options)
+    options = overlap.launch(logits.device, rows)
+    prepared(_scan, SLICE=SLICE, **options)(grid, logits, best, flag, fields, counts, bias, lanes, vocab)
     if not greedy:
         _choose(logits, fields, best, ids, scratch)
     results = scratch.results
-    _finish[(rows + 1,)](ids, lanes, best, fields, counts, flag, results, vocab, GREEDY=greedy, num_warps=1, **options)
+    finish = prepared(_finish, GREEDY=greedy, num_warps=1, **options)
+    finish((rows + 1,), ids, lanes, best, fields, counts, flag, results, vocab)
 
 
 def sample(logits: Tensor, fields: Tensor) -> Tensor:
@@ -420,8 +422,8 @@ def sample(logits: Tensor, fields: Tensor) -> Tensor:
     scratch = Scratch(rows, vocab, device)
     grid = (rows, cdiv(vocab, SLICE))
     flag = flags.word(device)
-    options = {**overlap.launch(device, rows), **ieee.EXACT}
-    _scan[grid](logits, scratch.best, flag, fields, None, None, None, vocab, SLICE=SLICE, **options)
+    scan = prepared(_scan, SLICE=SLICE, **overlap.launch(device, rows))
+    scan(grid, logits, scratch.best, flag, fields, None, None, None, vocab)
     _choose(logits, fields, scratch.best, scratch.ids, scratch)
     return scratch.ids
 
@@ -439,8 +441,9 @@ def _turn(logits: Tensor, fields: Tensor, best: Tensor, ids: Tensor, scratch: Sc
     sums, ends, bounds, ranks = scratch.sums, scratch.ends, scratch.bounds, scratch.ranks
     sums[:rows].zero_()
     grid = (rows, cdiv(vocab, SLICE))
-    common = {"BUCKETS": BUCKETS.value, **ieee.EXACT}
-    _count[grid](logits, best, fields, sums, vocab, SLICE=SLICE, **common)
-    _plan[(rows,)](fields, sums, ends, bounds, num_warps=8, **common)
-    _scatter[grid](logits, best, fields, ends, bounds, ranks, vocab, SLICE=SLICE, **common)
-    _resolve[(rows,)](best, fields, sums, ends, bounds, ranks, ids, vocab, TILE=TILE, num_warps=8, **common)
+    common = {"BUCKETS": BUCKETS.value}
+    prepared(_count, SLICE=SLICE, **common)(grid, logits, best, fields, sums, vocab)
+    prepared(_plan, num_warps=8, **common)((rows,), fields, sums, ends, bounds)
+    prepared(_scatter, SLICE=SLICE, **common)(grid, logits, best, fields, ends, bounds, ranks, vocab)
+    resolve = prepared(_resolve, TILE=TILE, num_warps=8, **common)
+    resolve((rows,), best, fields, sums, ends, bounds, ranks, ids, vocab)
