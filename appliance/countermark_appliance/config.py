@@ -2,7 +2,7 @@
 
 The bytes of the file are what is measured (`digest`, SHA-256, extended into RTMR3); so nothing here reads an
 environment variable or fills in a machine's default. Relative paths are relative to the file. Unknown keys are refused
-by name. Not checked here: whether the paths exist; whoever opens them says so.
+by name. docs/operator.md lists every key. Not checked here: whether the paths exist; whoever opens them says so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAX_BYTES = 64 * 1024
 DEVICES = ("cpu", "cuda")
 _OPERATOR = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 _HEX32 = re.compile(r"[0-9a-f]{64}")
+_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]_~/-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,9 @@ class Config:
     listen_port: int  # 0: any free port, printed when ready
     platform: str  # sim | tdx | vtpm
     platform_state: Path | None  # sim: the directory `countermark-appliance sim new` made
+    endorsements_dir: Path | None  # tdx: where Intel's endorsements are cached
+    endorsements_url: str | None  # tdx: a PCCS; None is Intel's own service
+    endorsements_gpu_dir: Path | None  # tdx: RIMs, CRLs and OCSP responses for the GPUs
     weights_dir: Path
     weights_root: bytes  # the dm-verity root hash the weights must have
     log_dir: Path
@@ -49,6 +53,7 @@ class Config:
 _SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "node": {"operator": (str, ...), "listen": (str, "127.0.0.1:0")},
     "platform": {"name": (str, ...), "state": (str, None)},
+    "endorsements": {"dir": (str, None), "pccs_url": (str, None), "gpu_dir": (str, None)},
     "weights": {"dir": (str, ...), "root": (str, ...)},
     "log": {"dir": (str, ...)},
     "engine": {"threads": (int, 0), "device": (str, "cpu"), "max_sequences": (int, 16), "max_waiting": (int, 64)},
@@ -90,6 +95,11 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         raise ConfigError(
             f"engine.device: expected {' or '.join(DEVICES)}, got {values['device']!r:.70}", code="config.value"
         )
+    if values["name"] == "tdx" and values["endorsements.dir"] is None:
+        raise ConfigError("endorsements.dir: expected a string on platform tdx, got nothing", code="config.missing")
+    if values["pccs_url"] is not None and not _URL.fullmatch(values["pccs_url"]):
+        message = f"endorsements.pccs_url: expected an http or https URL, got {values['pccs_url']!r:.70}"
+        raise ConfigError(message, code="config.value")
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
             raise ConfigError(f"engine.{name}: expected {low} to {high}, got {values[name]}", code="config.value")
@@ -99,7 +109,10 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         listen_host=host,
         listen_port=port,
         platform=values["name"],
-        platform_state=base / values["state"] if values["state"] is not None else None,
+        platform_state=_below(base, values["state"]),
+        endorsements_dir=_below(base, values["endorsements.dir"]),
+        endorsements_url=values["pccs_url"],
+        endorsements_gpu_dir=_below(base, values["gpu_dir"]),
         weights_dir=base / values["weights.dir"],
         weights_root=bytes.fromhex(values["root"]),
         log_dir=base / values["log.dir"],
@@ -125,8 +138,12 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _below(base: Path, path: str | None) -> Path | None:
+    return None if path is None else base / path
+
+
 def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Check every table and key against the schema; `dir` stands in two tables, so it keeps its table's name."""
+    """Check every table and key against the schema; `dir` stands in several, so it keeps its table's name."""
     values: dict[str, Any] = {}
     for table in sorted(document.keys() - _SCHEMA.keys()):
         raise _unknown("a table", _SCHEMA, table)

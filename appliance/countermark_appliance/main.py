@@ -1,9 +1,10 @@
 """Read the config, wire the parts, serve until told to stop.
 
-Boot order, each step before the next: 1 measure and extend RTMR3 · 2 load the weights, every block against the
-measured root · 3 self-test and warm-up (the engine's construction does both) · 4 extend `system-ready` · 5 take boot
-evidence, begin the log with its EPOCH · 6 listen. Anything that fails before 6 ends the process with its code; no port
-was open.
+Boot order, each step before the next: 1 measure and extend RTMR3, which names the GPUs; then they may take work · 2
+load the weights, every block against the measured root · 3 self-test and warm-up (the engine's construction does both)
+· 4 extend `system-ready` · 5 take boot evidence, begin the log with its EPOCH · 6 listen, and watch the machine.
+Anything that fails before 6 ends the process with its code; no port was open. A machine that changes afterwards ends it
+too.
 
 The private keys live in this process and in the front end's memory, never on a disk. Not done here: reboot on exit,
 which is the init system's on `tdx`.
@@ -37,6 +38,7 @@ from countermark_appliance.platform.base import Platform, open_platform
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.records.recorder import Recorder, log_origin
 from countermark_appliance.service import Service, ServiceLimits
+from countermark_appliance.watch import Watch
 from countermark_kernels import PROFILE, kernel_digest
 
 NO_NONCE = bytes(32)  # nobody asked for the passport, and it claims no freshness
@@ -49,14 +51,15 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
     """Boot and serve until SIGTERM or SIGINT. `ready` gets the public facts once the port is open.
 
     Raises `ConfigError`, `WeightsError`, `LogError`, `VerificationError` or `Unavailable` when the boot fails, and
-    `Unavailable` (`frontend.exit`, `engine.failed`) when the front end or the engine ends on its own.
+    `Unavailable` (`frontend.exit`, `engine.failed`) when the front end or the engine ends on its own, and what
+    `Platform.check_unchanged` raised when the machine changed.
     """
     forbid_core_dumps()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     config = load_config(config_path)
-    platform = open_platform(config.platform, config.platform_state)
+    platform = open_platform(config)
     if platform.name.simulated:
         _log.warning("platform %s: SIMULATED, no confidential hardware", platform.name.value)
     keyring = Keyring()
@@ -69,6 +72,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
         kernel_digest=kernel_digest(),
     )
     extend_boot(platform, boot)
+    platform.admit_gpus()
     _log.info("weights: checking every block in %s", config.weights_dir)
     artefact = weights.load(config.weights_dir, expected_root=config.weights_root)
     _log.info("engine: loading, self-test")
@@ -121,10 +125,15 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
                 connections=connections,
                 on_exit=stop.set,
             )
+            watch = Watch(platform, on_change=stop.set)
             try:
+                watch.start()
                 service.set_serving()
                 ready({"listening": format_address(config.listen_host, front_end.port), **facts})
                 stop.wait()
+                if watch.found is not None:
+                    service.stop(grace_s=0.0)  # nothing is finished on a machine that is not the one measured
+                    raise watch.found
                 if not front_end.is_alive():
                     raise Unavailable("front end: the process ended", code="frontend.exit")
                 _log.info("stopping: no new requests; those that run may finish")
@@ -133,6 +142,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
                 if engine.failed:
                     raise Unavailable("engine: its thread ended by a fault", code="engine.failed")
             finally:
+                watch.close()
                 front_end.close()
         finally:
             recorder.close()
@@ -177,7 +187,7 @@ def _stack(config: Config, platform: Platform, info: EngineInfo) -> Stack:
         triton=info.triton_version,
         cuda=info.cuda_version,
         driver=info.driver_version,
-        vbios=None,
+        vbios=platform.vbios,
         gpus=info.gpus,
         cpu=info.cpu_model,
         determinism=EXACT_TIER,

@@ -14,7 +14,6 @@ from countermark.formats.eventlog import EventLog, SpecId, parse_event_log, repl
 from countermark.formats.manifest import ImageKind, pae, parse_envelope, parse_manifest
 from countermark.formats.quote import parse_quote
 from countermark_appliance.platform import sim
-from countermark_appliance.platform.base import open_platform
 from countermark_appliance.platform.sim.measure import PACKAGES, code_roots
 from countermark_appliance.platform.sim.state import make
 
@@ -163,18 +162,3 @@ def test_a_damaged_state_is_refused(tmp_path, name, damage):
     with pytest.raises(ConfigError) as refused:
         sim.load(tmp_path / "machine")
     assert refused.value.code == "platform.state"
-
-
-def test_open_platform(tmp_path):
-    sim.create(tmp_path / "machine", now=NOW)
-    assert open_platform("sim", tmp_path / "machine").name.value == "sim"
-    for name, state, code in (
-        ("tdx", None, "platform.unavailable"),
-        ("vtpm", tmp_path, "platform.unavailable"),
-        ("sgx", None, "platform.unknown"),
-        ("sim", None, "platform.state"),
-        ("sim", tmp_path / "absent", "platform.state"),
-    ):
-        with pytest.raises(ConfigError) as refused:
-            open_platform(name, state)
-        assert refused.value.code == code

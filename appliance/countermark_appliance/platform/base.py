@@ -1,18 +1,21 @@
 """The interface every platform offers, and the factory that opens one by name.
 
-`tdx`: the CPU's quotes through configfs-tsm. `sim`: the same wire formats made in software under a development root.
-`vtpm`: `sim` with registers from a real TPM log, for boot tests. A platform only reports and extends; what is
-extended, and in which order, is `platform.attester`'s business.
+`tdx`: a TDX guest with the kernel's interfaces and NVIDIA's driver. `sim`: the same wire formats made in software under
+a development root. `vtpm`: `sim` with registers from a real TPM log, for boot tests. A platform only reports and
+extends; what is extended, and in which order, is `platform.attester`'s business.
+
+On a simulated platform nothing depends on the mode of the GPU that computes: all its evidence says SIMULATED. On `tdx`
+a GPU computes in confidential mode or not at all.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from countermark.errors import ConfigError
 from countermark.formats.boot_events import GpuIdentity
 from countermark.formats.evidence import Endorsements, GpuEvidence, PlatformName
+from countermark_appliance.config import Config
 
 
 class Platform(Protocol):
@@ -25,6 +28,10 @@ class Platform(Protocol):
     @property
     def image_id(self) -> bytes:
         """32 bytes naming the image that booted."""
+
+    @property
+    def vbios(self) -> str | None:
+        """The VBIOS version of the GPUs whose evidence this platform gives; None where there are none, or simulated."""
 
     def ccel(self) -> bytes:
         """The firmware's event log: RTMR0 to RTMR2."""
@@ -47,21 +54,49 @@ class Platform(Protocol):
     def gpu_evidence(self, nonce: bytes) -> tuple[GpuEvidence, ...]:
         """A report over the 32-byte nonce from every GPU, in the order of `gpu_identities`."""
 
+    def admit_gpus(self) -> None:
+        """Let the GPUs take work: their identities stand in RTMR3. Raises `GpuError`."""
 
-def open_platform(name: str, state: Path | None) -> Platform:
-    """Boot the named platform; `state` is the directory of a simulated one.
+    def check_unchanged(self) -> None:
+        """Raises a `VerificationError` when the machine is no longer what RTMR3 says; ask every few seconds."""
 
-    Raises `ConfigError`: `platform.unknown`, `platform.unavailable` (not in this build), `platform.state`.
+
+class EndorsementSource(Protocol):
+    """Where a platform gets what the vendors signed, such as a cache with validity."""
+
+    def current(self) -> Endorsements:
+        """What is valid now. Raises `Unavailable` when there is nothing."""
+
+
+def open_platform(config: Config) -> Platform:
+    """Boot the platform that the configuration names.
+
+    Raises `ConfigError`: `platform.unknown`, `platform.unavailable` (not in this build), `platform.state`, or what
+    `platform.tdx.open_tdx` and `platform.nvml_gpus.open_gpus` raise.
     """
-    if name not in {member.value for member in PlatformName}:
-        raise ConfigError(f"platform.name: expected sim, tdx or vtpm, got {name!r}", code="platform.unknown")
-    if name != PlatformName.SIM.value:
-        raise ConfigError(f"platform.name: {name} is not available in this build", code="platform.unavailable")
-    if state is None:
+    match config.platform:
+        case PlatformName.SIM.value:
+            return _open_sim(config)
+        case PlatformName.TDX.value:
+            return _open_tdx(config)
+        case PlatformName.VTPM.value:
+            message = f"platform.name: {config.platform} is not available in this build"
+            raise ConfigError(message, code="platform.unavailable")
+    raise ConfigError(f"platform.name: expected sim, tdx or vtpm, got {config.platform!r}", code="platform.unknown")
+
+
+def _open_sim(config: Config) -> Platform:
+    if config.platform_state is None:
         raise ConfigError(
             "platform.state: expected the directory that `countermark-appliance sim new` made, got none",
             code="platform.state",
         )
     from countermark_appliance.platform import sim  # noqa: PLC0415  production images carry no `sim` package
 
-    return sim.boot(sim.load(state))
+    return sim.boot(sim.load(config.platform_state))
+
+
+def _open_tdx(config: Config) -> Platform:
+    from countermark_appliance.platform import tdx  # noqa: PLC0415  it imports this module
+
+    return tdx.open_tdx(config)

@@ -86,6 +86,10 @@ class SimPlatform:
         """32 bytes, measured from the code files at boot."""
         return self._image_id
 
+    @property
+    def vbios(self) -> None:
+        """None: no simulated GPU computes anything."""
+
     def ccel(self) -> bytes:
         """The simulated firmware log in a fixed area padded with 0xff, as firmware leaves it."""
         return self._ccel
@@ -164,6 +168,12 @@ class SimPlatform:
             )
             for gpu in self._gpus
         )
+
+    def admit_gpus(self) -> None:
+        """Nothing to do: a simulated GPU takes no work."""
+
+    def check_unchanged(self) -> None:
+        """Nothing to find: a simulated machine does not change."""
 
 
 def boot(state: State, launch: TdLaunch | None = None, *, roots: Sequence[Path] | None = None) -> SimPlatform:
