@@ -77,9 +77,7 @@ def open_platform(config: Config) -> Platform:
     match config.platform:
         case PlatformName.SIM.value:
             return _open_sim(config)
-        case PlatformName.TDX.value:
-            return _open_tdx(config)
-        case PlatformName.VTPM.value:
+        case PlatformName.TDX.value | PlatformName.VTPM.value:
             message = f"platform.name: {config.platform} is not available in this build"
             raise ConfigError(message, code="platform.unavailable")
     raise ConfigError(f"platform.name: expected sim, tdx or vtpm, got {config.platform!r}", code="platform.unknown")
@@ -94,9 +92,3 @@ def _open_sim(config: Config) -> Platform:
     from countermark_appliance.platform import sim  # noqa: PLC0415  production images carry no `sim` package
 
     return sim.boot(sim.load(config.platform_state))
-
-
-def _open_tdx(config: Config) -> Platform:
-    from countermark_appliance.platform import tdx  # noqa: PLC0415  it imports this module
-
-    return tdx.open_tdx(config)
