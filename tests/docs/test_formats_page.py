@@ -62,7 +62,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
             *("mrtd", "rtmr0", "rtmr1", "rtmr2", "mrconfigid", "mrowner", "mrownerconfig", "td_attributes", "xfam"),
         )
     ),
-    "eventlog.rtmr{index}": tuple(f"eventlog.rtmr{i}" for i in range(4)),
+    "eventlog.{result.name}": tuple(f"eventlog.rtmr{i}" for i in range(4)),
     "receipt.setting.{name}": tuple(f"receipt.setting.{name}" for name in SETTINGS),
     "receipt.{name}": (
         *("receipt.es256", "receipt.ml_dsa_65", "receipt.output_tokens", "receipt.output_text"),

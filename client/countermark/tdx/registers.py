@@ -2,21 +2,23 @@
 
 Reference values are those of measurement manifests the policy pinned: MRTD and RTMR0 per launch shape, RTMR1 and RTMR2
 per image, and the launch constants. A difference names the register, both values and, when the event log replays to
-what was found, the first event that differs from the manifest's. Event logs: see `formats.eventlog`.
-Not checked here: RTMR3 (`tdx.runtime_log`), and that an event's digest is the hash of its data.
+what was found, the first event that differs from the manifest's (`tdx.eventlogs`).
+Not checked here: RTMR3 (`tdx.runtime_log`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from countermark.checks import rfc3339
 from countermark.errors import MeasurementError, Undecidable
 from countermark.formats import eventlog
-from countermark.formats.eventlog import EV_NO_ACTION, EventLog
+from countermark.formats.eventlog import EventLog
 from countermark.formats.manifest import Manifest, Shape
 from countermark.formats.quote import TdReport
+from countermark.tdx import eventlogs
 
 _LAUNCH: Final = ("mrconfigid", "mrowner", "mrownerconfig", "td_attributes", "xfam")
 
@@ -55,7 +57,7 @@ def verify_registers(
     wanted_value, found = _expected(image, shape)[name], getattr(report, name)
     message = f"{name}: expected {wanted_value.hex()}, got {found.hex()} (image {image.image_id.hex()}, {shape.name})"
     if name.startswith("rtmr"):
-        message += f"; {_first_difference(image, shape, ccel, int(name[4]), found)}"
+        message += f"; {_explained(image, shape, ccel, int(name[4]), found)}"
     raise MeasurementError(message, code=f"measurement.{name}", step="5")
 
 
@@ -72,26 +74,21 @@ def _verify_validity(image: Manifest, now: int) -> None:
         raise MeasurementError(message, code="manifest.expired", step="5")
 
 
-def _first_difference(image: Manifest, shape: Shape, ccel: EventLog, rtmr: int, found: bytes) -> str:
+def _explained(image: Manifest, shape: Shape, ccel: EventLog, rtmr: int, found: bytes) -> str:
     if eventlog.replay(ccel.events)[rtmr] != found:
         return "the event log does not replay to it, so it cannot say which event differs"
-    wanted = [event for event in image.events if event.register == rtmr + 1 and event.shape in ("", shape.name)]
-    logged = [event for event in ccel.events if event.register == rtmr + 1 and event.event_type != EV_NO_ACTION]
-    for position, (left, right) in enumerate(zip(wanted, logged, strict=False)):
-        if left.digest != right.digest:
-            what = f"first differing event {position} ({left.note or left.source})"
-            return f"{what}: expected {left.digest.hex()}, got {right.digest.hex()}"
-    return f"expected {len(wanted)} events, got {len(logged)}"
+    difference = eventlogs.first_difference(image, shape, ccel.events, register=rtmr + 1)
+    return "the log has the manifest's events" if difference is None else str(difference)
 
 
 def verify_event_log(report: TdReport, ccel: EventLog) -> str:
-    """Step 6, first log: the firmware's events replay to RTMR0, RTMR1 and RTMR2, and touch nothing else.
+    """Step 6, first log: the firmware's events replay to RTMR0-2, touch nothing else, and are what they say.
 
-    Returns one line for the check's detail. Raises `MeasurementError` `eventlog.rtmr0` to `eventlog.rtmr3`.
+    Returns one line for the check's detail. Raises `MeasurementError` `eventlog.rtmr0` to `eventlog.rtmr3`, or
+    `eventlog.digest` for an event whose digest is not that of its data though its type says so.
     """
-    for index, value in enumerate(eventlog.replay(ccel.events)):
-        expected = bytes(48) if index == 3 else report.rtmrs[index]
-        if value != expected:
-            message = f"event log: expected to replay to rtmr{index} = {expected.hex()}, got {value.hex()}"
-            raise MeasurementError(message, code=f"eventlog.rtmr{index}", step="6")
-    return f"{len(ccel.events)} firmware events replay to RTMR0-2"
+    eventlogs.require_replay(eventlogs.replay_against(replace(report, rtmr3=bytes(48)), ccel.events))
+    digests = eventlogs.verify_digests(ccel.events)
+    eventlogs.require_digests(ccel.events, digests)
+    recomputed = digests.count(eventlogs.DigestCheck.RECOMPUTED)
+    return f"{len(ccel.events)} firmware events replay to RTMR0-2; {recomputed} digests recomputed from their data"
