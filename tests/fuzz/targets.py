@@ -1,0 +1,291 @@
+"""Every parser of bytes from outside, with seeds that it accepts and the errors it may raise.
+
+Seeds are simulated evidence, and genuine third-party files where they are present (see `vectors`). A parser that is
+missing here fails `test_fuzz.py`, which collects them from the sources.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import vectors
+from countermark import asked, bundle, x509chain
+from countermark.errors import BundleError, ConfigError, CountermarkError, FormatError, PolicyError, RequestError
+from countermark.formats import (
+    boot_events,
+    cbor,
+    cose_key,
+    eventlog,
+    evidence,
+    manifest,
+    quote,
+    receipt,
+    records,
+    report_data,
+    spdm,
+)
+from countermark.policy import encode_policy, parse_policy
+from countermark.tdx.endorsements import parse_endorsements
+from countermark.tlog import checkpoint, tiles
+from countermark.wire import codec
+from countermark.wire import countermark_v1_pb2 as pb
+from countermark_appliance.config import parse_config
+from countermark_appliance.platform.sim.machine import TdLaunch
+from fuzz import mutator
+from one_answer import REQUEST, World, make_world
+from sim_evidence import Scene, machine, policy_for
+
+Mutate = Callable[[random.Random, bytes, bytes], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """`covers`: the functions it calls, as `module.name`. `mutators`: each input is made by one of them."""
+
+    parse: Callable[[bytes], object]
+    seeds: Callable[[], Sequence[bytes]]
+    covers: tuple[str, ...]
+    errors: tuple[type[CountermarkError], ...] = (FormatError,)
+    mutators: tuple[Mutate, ...] = (mutator.mutate,)
+
+
+@cache
+def scene() -> evidence.Evidence:
+    return Scene().make()
+
+
+@cache
+def world() -> World:
+    return make_world(Path(tempfile.mkdtemp(prefix="countermark-fuzz-")))
+
+
+def genuine(*patterns: str) -> list[bytes]:
+    """The genuine files of these patterns, none where the folder is absent."""
+    try:
+        folder = vectors.directory()
+    except pytest.skip.Exception:
+        return []
+    found = [path.read_bytes() for pattern in patterns for path in sorted(folder.glob(pattern))]
+    assert found
+    return found
+
+
+def quotes() -> list[bytes]:
+    return [scene().quote, Scene(launch=TdLaunch(version=5)).make().quote, *genuine("tdx/*/quote.bin")]
+
+
+def json_logs() -> list[bytes]:
+    event = {"imr": 3, "event_type": 1, "digest": "ab" * 48, "event": "boot", "event_payload": "00"}
+    return [json.dumps([event, event]).encode(), *genuine("tdx/*/quote-report.json")]
+
+
+def chains() -> list[bytes]:
+    return [quote.parse_quote(scene().quote).pck_chain_pem, *genuine("nvidia/*/hopperCertChain.txt")]
+
+
+def crls() -> list[bytes]:
+    members = json.loads(scene().endorsements.tdx)
+    genuine_members = [json.loads(data) for data in genuine("tdx/*/collateral.json")]
+    return [bytes.fromhex(item[name]) for item in (members, *genuine_members) for name in ("root_ca_crl", "pck_crl")]
+
+
+def passports() -> list[bytes]:
+    made = scene()
+    return [evidence.encode_passport(evidence.Passport(quote=made.quote, claims=made.claims))]
+
+
+def leaves() -> list[bytes]:
+    return [
+        records.encode_leaf(
+            records.Leaf(kind=records.Kind.EPOCH, boot_id=bytes(32), sequence=0, intent_leaf=None, commitment=bytes(32))
+        )
+    ]
+
+
+def manifest_statements() -> list[bytes]:
+    return [manifest.encode_manifest(image) for image in policy_for(machine()).images]
+
+
+NODE = b"""
+[node]
+operator = "demo.example"
+listen = "127.0.0.1:9000"
+[platform]
+name = "sim"
+state = "sim"
+[weights]
+dir = "weights"
+root = "aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55"
+[log]
+dir = "log"
+[engine]
+threads = 2
+"""
+
+
+def responses() -> list[bytes]:
+    accepted = codec.encode_accepted(world().committed.acceptance)
+    tokens = pb.GenerateResponse(tokens=pb.Tokens(ids=[1, 2, 3], text="abc"))
+    return [accepted, tokens.SerializeToString(deterministic=True)]
+
+
+TARGETS: dict[str, Target] = {
+    "quote": Target(
+        parse=quote.parse_quote,
+        seeds=quotes,
+        covers=("formats.quote.parse_quote", "formats.quote.parse_enclave_report"),
+    ),
+    "endorsements": Target(
+        parse=parse_endorsements,
+        seeds=lambda: [scene().endorsements.tdx, *genuine("tdx/*/collateral.json")],
+        covers=("tdx.endorsements.parse_endorsements",),
+        mutators=(mutator.mutate, mutator.mutate_json, mutator.mutate_json),
+    ),
+    "certificate chain": Target(
+        parse=lambda data: x509chain.parse_pem_chain(data, "chain"),
+        seeds=chains,
+        covers=("x509chain.parse_pem_chain", "x509chain.parse_der_chain", "formats.quote.parse_pem_chain"),
+    ),
+    "CRL": Target(parse=lambda data: x509chain.parse_crl(data, "gpu"), seeds=crls, covers=("x509chain.parse_crl",)),
+    "event log": Target(
+        parse=eventlog.parse_event_log,
+        seeds=lambda: [scene().ccel, scene().rtmr3_log, *genuine("ccel/*/ccel.bin")],
+        covers=("formats.eventlog.parse_event_log",),
+    ),
+    "event list (JSON)": Target(
+        parse=eventlog.parse_json_events,
+        seeds=json_logs,
+        covers=("formats.eventlog.parse_json_events",),
+        mutators=(mutator.mutate, mutator.mutate_json),
+    ),
+    "boot log": Target(
+        parse=boot_events.parse_boot_log,
+        seeds=lambda: [scene().rtmr3_log],
+        covers=("formats.boot_events.parse_boot_log",),
+    ),
+    "GPU report": Target(
+        parse=spdm.parse_report,
+        seeds=lambda: [
+            scene().gpu[0].report,
+            *(bytes.fromhex(data.decode()) for data in genuine("nvidia/*/hopperAttestationReport.txt")),
+        ],
+        covers=("formats.spdm.parse_report",),
+    ),
+    "CBOR": Target(
+        parse=cbor.decode,
+        seeds=lambda: [evidence.encode_evidence(scene()), scene().claims],
+        covers=("formats.cbor.decode",),
+    ),
+    "evidence": Target(
+        parse=evidence.parse_evidence,
+        seeds=lambda: [evidence.encode_evidence(scene())],
+        covers=("formats.evidence.parse_evidence",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "claims": Target(
+        parse=report_data.parse_claims,
+        seeds=lambda: [scene().claims],
+        covers=("formats.report_data.parse_claims",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "passport": Target(parse=evidence.parse_passport, seeds=passports, covers=("formats.evidence.parse_passport",)),
+    "COSE key": Target(
+        parse=cose_key.parse_cose_key,
+        seeds=lambda: [cose_key.encode_cose_key(item.key) for item in scene().keys],
+        covers=("formats.cose_key.parse_cose_key",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "signed manifest": Target(
+        parse=manifest.parse_envelope,
+        seeds=lambda: [machine().manifest],
+        covers=("formats.manifest.parse_envelope",),
+        mutators=(mutator.mutate, mutator.mutate_json),
+    ),
+    "manifest": Target(
+        parse=manifest.parse_manifest,
+        seeds=manifest_statements,
+        covers=("formats.manifest.parse_manifest",),
+        mutators=(mutator.mutate, mutator.mutate_json),
+    ),
+    "policy": Target(
+        parse=parse_policy,
+        seeds=lambda: [encode_policy(policy_for(machine())).encode()],
+        covers=("policy.toml.parse_policy",),
+        errors=(PolicyError,),
+    ),
+    "node configuration": Target(
+        parse=lambda data: parse_config(data, base=Path("/")),
+        seeds=lambda: [NODE],
+        covers=("config.parse_config", "config.parse_address"),
+        errors=(ConfigError,),
+    ),
+    "bundle": Target(
+        parse=bundle.parse_bundle,
+        seeds=lambda: [bundle.encode_bundle(world().bundle())],
+        covers=("bundle.parse_bundle",),
+        errors=(BundleError, FormatError),
+    ),
+    "receipt": Target(
+        parse=receipt.parse_receipt, seeds=lambda: [world().receipt], covers=("formats.receipt.parse_receipt",)
+    ),
+    "acceptance": Target(
+        parse=receipt.parse_acceptance,
+        seeds=lambda: [receipt.encode_acceptance(world().committed.acceptance)],
+        covers=("formats.receipt.parse_acceptance",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "answer": Target(
+        parse=receipt.parse_answer,
+        seeds=lambda: [receipt.encode_answer(world().answer)],
+        covers=("formats.receipt.parse_answer",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "INTENT": Target(
+        parse=records.parse_intent,
+        seeds=lambda: [world().committed.acceptance.record],
+        covers=("formats.records.parse_intent", "formats.records.parse_record"),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "OUTCOME": Target(
+        parse=records.parse_outcome,
+        seeds=lambda: [world().completed.record],
+        covers=("formats.records.parse_outcome", "formats.records.parse_epoch"),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "leaf": Target(
+        parse=records.parse_leaf,
+        seeds=leaves,
+        covers=("formats.records.parse_leaf",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "checkpoint": Target(
+        parse=lambda data: checkpoint.parse_checkpoint_text(checkpoint.parse_note(data).text),
+        seeds=lambda: [world().committed.acceptance.checkpoint],
+        covers=("tlog.checkpoint.parse_note", "tlog.checkpoint.parse_checkpoint_text"),
+    ),
+    "entry bundle": Target(
+        parse=lambda data: tiles.parse_entries(data, 3),
+        seeds=lambda: [tiles.encode_entries([b"one", b"two", b""])],
+        covers=("tlog.tiles.parse_entries", "tlog.tiles.parse_tile"),
+    ),
+    "tile path": Target(
+        parse=lambda data: tiles.parse_tile_path(data.decode("utf-8", "replace")),
+        seeds=lambda: [b"tile/0/x001/234.p/7", b"tile/entries/000"],
+        covers=("tlog.tiles.parse_tile_path",),
+    ),
+    "request": Target(
+        parse=asked.parse_request,
+        seeds=lambda: [REQUEST],
+        covers=("asked.parse_request", "wire.codec.parse_generate_request", "wire.codec.parse_message"),
+        errors=(FormatError, RequestError),
+    ),
+    "response": Target(parse=codec.parse_response, seeds=responses, covers=("wire.codec.parse_response",)),
+}
