@@ -57,6 +57,11 @@ def test_paths_are_relative_to_the_file_and_defaults_resolved(tmp_path: Path) ->
         (b"threads = 2", b"threads = " + b"1" * 5000, "config.malformed"),
         (b"threads = 2", b"threads = " + b"[" * 50_000, "config.malformed"),
         (b'dir = "log"', rb'dir = "log\u0000"', "config.value"),
+        (b'"sim"\n', b'"tdx"\n', "config.missing"),
+        (b"[log]", b'[endorsements]\npccs_url = "ftp://pccs"\n[log]', "config.value"),
+        (b"[log]", b'[endorsements]\npccs_url = "https://"\n[log]', "config.value"),
+        (b"[log]", b'[endorsements]\npccs_url = "https://pccs/?q=1"\n[log]', "config.value"),
+        (b"[log]", b'[endorsements]\nurl = "https://pccs"\n[log]', "config.unknown_key"),
         (b"[log]", b'[record]\ndeployer_id = "' + b"x" * 4097 + b'"\n[log]', "config.value"),
     ],
 )
@@ -83,3 +88,18 @@ def test_missing_file_and_huge_file(tmp_path: Path) -> None:
 
 def test_ipv6_address() -> None:
     assert parse_address("[::1]:80") == ("::1", 80)
+
+
+def test_endorsements(tmp_path: Path) -> None:
+    table = (
+        b'[endorsements]\ndir = "cache"\npccs_url = "https://localhost:8081/sgx/certification/v4/"\ngpu_dir = "gpu"\n'
+    )
+    config = parse_config(GOOD.replace(b'"sim"\n', b'"tdx"\n', 1) + table, base=tmp_path)
+    assert (config.platform, config.endorsements_dir, config.endorsements_gpu_dir) == (
+        "tdx",
+        tmp_path / "cache",
+        tmp_path / "gpu",
+    )
+    assert config.endorsements_url == url
+    config = parse_config(GOOD, base=tmp_path)
+    assert (config.endorsements_dir, config.endorsements_url, config.endorsements_gpu_dir) == (None, None, None)
