@@ -91,9 +91,8 @@ def test_ipv6_address() -> None:
 
 
 def test_endorsements(tmp_path: Path) -> None:
-    table = (
-        b'[endorsements]\ndir = "cache"\npccs_url = "https://localhost:8081/sgx/certification/v4/"\ngpu_dir = "gpu"\n'
-    )
+    url = "https://localhost:8081/sgx/certification/v4/"
+    table = f'[endorsements]\ndir = "cache"\npccs_url = "{url}"\ngpu_dir = "gpu"\n'.encode()
     config = parse_config(GOOD.replace(b'"sim"\n', b'"tdx"\n', 1) + table, base=tmp_path)
     assert (config.platform, config.endorsements_dir, config.endorsements_gpu_dir) == (
         "tdx",
