@@ -338,6 +338,58 @@ def test_trustee_form():
         assert (read.form, read.events) == (LogForm.TRUSTEE, wanted)
 
 
+def trust_authority(events: tuple[Event, ...]) -> list[dict[str, object]]:
+    """The banks Intel's client makes of a log: one for each register and algorithm, in order of appearance."""
+    banks: dict[int, list[dict[str, object]]] = {}
+    for item in events:
+        made = {"type_id": f"{item.event_type:#x}", "type_name": "x", "measurement": item.digest.hex()}
+        banks.setdefault(item.register, []).append(made | ({"tags": ["some", "words"]} if item.data else {}))
+    listed: list[dict[str, object]] = []
+    for register, made_events in banks.items():
+        other = [{"type_id": "0x1", "measurement": "00" * 32}] * 3
+        listed += (
+            {"rtmr": {"index": register, "bank": "SHA256"}, "rtmr_events": other},
+            {"rtmr": {"index": register, "bank": "SHA384"}, "rtmr_events": made_events},
+        )
+    return listed
+
+
+def test_trust_authority_form():
+    events = parse_json_events(vectors.read("tdx/dstack-90c06f/quote-report.json"))
+    read = read_events(json.dumps(trust_authority(events)).encode())
+    assert read.form is LogForm.TRUST_AUTHORITY
+    assert replay(read.events) == parse_quote(vectors.tdx("dstack-90c06f").quote).body.rtmrs
+    assert len(read.events) == len(events)
+    assert {(e.data, e.name) for e in read.events} == {(b"", "some"), (b"", "")}
+
+
+BANK = {"rtmr": {"index": 1, "bank": "SHA384"}, "rtmr_events": [{"type_id": "0x4", "measurement": "00" * 48}]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rtmr": 1},
+        {"rtmr": {"index": 1}},
+        {"rtmr": {"index": 5, "bank": "SHA384"}},
+        {"rtmr": {"index": "1", "bank": "SHA384"}},
+        {"rtmr_events": {}},
+        {"rtmr_events": [1]},
+        {"rtmr_events": [{"type_id": "4", "measurement": "00" * 48}]},
+        {"rtmr_events": [{"type_id": "0x123456789", "measurement": "00" * 48}]},
+        {"rtmr_events": [{"type_id": "0x4", "measurement": "00" * 32}]},
+        {"rtmr_events": [{"type_id": "0x4", "measurement": "00" * 48, "tags": "x"}]},
+        {"rtmr_events": [{"type_id": "0x4", "measurement": "00" * 48, "tags": [1]}]},
+        {"rtmr_events": [{"type_id": "0x4", "measurement": "00" * 48}] * 4097},
+    ],
+)
+def test_trust_authority_refuses(change):
+    assert parse_json_events(json.dumps([BANK]).encode())
+    with pytest.raises(FormatError) as refused:
+        parse_json_events(json.dumps([BANK | change]).encode())
+    assert refused.value.code == "eventlog.json"
+
+
 def test_trustee_evidence_carries_the_binary_log():
     data = vectors.read("ccel/dstack/ccel.bin")
     read = read_events(json.dumps({"cc_eventlog": base64.b64encode(data).decode(), "quote": ""}).encode())
@@ -353,7 +405,8 @@ def test_trustee_evidence_carries_the_binary_log():
         {"index": True},
         {"index": "1"},
         {"type": 4},
-        {"type": "0x4"},
+        {"type": "0x"},
+        {"type": "0x800000070"},
         {"type": "0x8000000g"},
         {"type": "80000007"},
         {"digests": []},
@@ -414,6 +467,7 @@ def test_json_refuses(change):
         *(b'{"uefi_event_logs": {}}', b'[{"imr":1,"imr":2}]', b"\xff", b"NaN", b"[" * 100_000, b"9" * 100_000),
         json.dumps([JSON_EVENT, TRUSTEE_EVENT]).encode(),
         json.dumps([TRUSTEE_EVENT, JSON_EVENT]).encode(),
+        json.dumps([BANK, JSON_EVENT]).encode(),
         b"[" + b",".join([json.dumps(JSON_EVENT).encode()] * 4097) + b"]",
     ],
 )
@@ -437,7 +491,8 @@ def seeds() -> list[bytes]:
     report = vectors.read("tdx/dstack-90c06f/quote-report.json")
     genuine = vectors.read("ccel/dstack/ccel.bin")[:2048]
     listed = vectors.dstack_report()["event_log"].encode()
-    return [many, genuine, report, listed, json.dumps({"uefi_event_logs": [TRUSTEE_EVENT] * 3}).encode()]
+    trustee = json.dumps({"uefi_event_logs": [TRUSTEE_EVENT] * 3}).encode()
+    return [many, genuine, report, listed, trustee, json.dumps([BANK] * 3).encode()]
 
 
 def test_mutated_genuine_logs_are_read_or_refused_in_bounded_time():

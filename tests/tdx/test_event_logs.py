@@ -223,6 +223,8 @@ NAME_V2 = b'{"event":"app-id","event_type":134217729,"payload":"aabb","version":
     ("item", "check"),
     [
         (event(EV_NO_ACTION, b"StartupLocality\0\3", bytes(48)), DigestCheck.NOT_EXTENDED),
+        (event(8, b"version", bytes(48), 0), DigestCheck.NOT_EXTENDED),
+        (event(0x80000001, b"", sha384(b"x"), 1, "a tag"), DigestCheck.NO_DATA),
         (event(4, b"\0\0\0\0"), DigestCheck.RECOMPUTED),
         (event(4, b"\xff\xff\xff\xff"), DigestCheck.RECOMPUTED),
         (event(4, b"memory test failed", sha384(b"\1\0\0\0")), DigestCheck.RECOMPUTED),
@@ -249,6 +251,8 @@ NAME_V2 = b'{"event":"app-id","event_type":134217729,"payload":"aabb","version":
         (event(0x80000007, b"Exit", sha384(b"exit")), DigestCheck.DIFFERS),
         (event(0xD, b"grub_cmd: linux /k\0", sha384(b"linux /k")), DigestCheck.RECOMPUTED),
         (event(0xD, b"kernel_cmdline: /k ro\0", sha384(b"/k ro")), DigestCheck.RECOMPUTED),
+        (event(0xD, b"grub_cmd: linux /k\0", sha384(b"linux /k\0")), DigestCheck.RECOMPUTED),
+        (event(0xD, b"grub_cmd: linux /k\0", sha384(b"linux /K")), DigestCheck.NAMED),
         (event(0xD, b"/boot/vmlinuz\0", sha384(b"the file")), DigestCheck.NAMED),
         (event(0xD, "ro quiet\0".encode("utf-16-le")), DigestCheck.RECOMPUTED),
         (event(6, TAGGED, sha384(b"one two")), DigestCheck.RECOMPUTED),

@@ -13,6 +13,9 @@ JSON forms, told apart by their members (all facts from the public repositories 
   had no payload member: `event` was the data in hex.
 - Trustee (confidential-containers/trustee): `uefi_event_logs`, whose `index` counts as the binary form does, `event` is
   base64, `type` hex text. Its evidence carries the binary log as base64 in `cc_eventlog`.
+- Intel Trust Authority's client (intel/trustauthority-client-for-go): a list of banks, `rtmr` {`index`, `bank`} and
+  `rtmr_events` {`type_id`, `tags`, `measurement`}; the index counts as the binary form does, the data is left out, and
+  the order between registers is lost, which replay does not need.
 
 `replay` folds event digests into RTMRs: register = SHA-384(register || digest), from zero; EV_NO_ACTION events and
 index 0 extend nothing. Not checked here: that a digest is the hash of its event's data (`tdx.eventlogs`), which for
@@ -25,7 +28,8 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -160,6 +164,7 @@ class LogForm(StrEnum):
     CCEL = "ccel"  # binary
     DSTACK = "dstack"  # JSON
     TRUSTEE = "trustee"  # JSON, a rendering of a CCEL
+    TRUST_AUTHORITY = "trust-authority"  # JSON, a rendering of a CCEL without its data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,10 +383,16 @@ def _read_json(data: bytes) -> ReadEvents:
     items = [value] if isinstance(value, dict) else value  # a file of one line
     if not isinstance(items, list) or len(items) > MAX_EVENTS or not all(isinstance(item, dict) for item in items):
         raise _refused(f"a JSON list of at most {MAX_EVENTS} events")
-    trustee = bool(items) and "imr" not in items[0] and "digests" in items[0]
-    parse: Callable[[dict[str, Any]], Event] = _trustee_event if trustee else _dstack_event
-    form = LogForm.TRUSTEE if trustee else LogForm.DSTACK
-    return ReadEvents(form=form, events=tuple(parse(item) for item in items))
+    first: dict[str, Any] = items[0] if items else {}
+    form, parse = LogForm.DSTACK, _dstack_event
+    if "imr" not in first and "digests" in first:
+        form, parse = LogForm.TRUSTEE, _trustee_event
+    elif "imr" not in first and "rtmr_events" in first:
+        form, parse = LogForm.TRUST_AUTHORITY, _trust_authority_bank
+    events = tuple(event for item in items for event in parse(item))
+    if len(events) > MAX_EVENTS:
+        raise _refused(f"at most {MAX_EVENTS} events")
+    return ReadEvents(form=form, events=events)
 
 
 def _dstack_list(report: dict[str, Any]) -> Any:
@@ -397,7 +408,7 @@ def _dstack_list(report: dict[str, Any]) -> Any:
     raise _refused("an object with an event_log, uefi_event_logs or cc_eventlog")
 
 
-def _dstack_event(item: dict[str, Any]) -> Event:
+def _dstack_event(item: dict[str, Any]) -> tuple[Event, ...]:
     register, event_type = item.get("imr"), item.get("event_type")
     name, digest, version = item.get("event", ""), item.get("digest", ""), item.get("version", 1)
     if type(register) is not int or not 0 <= register <= 3 or type(event_type) is not int or event_type >> 32:
@@ -417,23 +428,49 @@ def _dstack_event(item: dict[str, Any]) -> Event:
     found = _hex(digest)
     if not found and event_type == DSTACK_RUNTIME_EVENT and name:
         found = dstack_event_digest(event, version=version)
-    return _json_event(event, found)
+    return (_json_event(event, found),)
 
 
-def _trustee_event(item: dict[str, Any]) -> Event:
-    register, kind, digests, data = (item.get(name) for name in ("index", "type", "digests", "event"))
-    if type(register) is not int or not 0 <= register <= 4:
-        raise _refused("index 0 to 4")
-    if not isinstance(kind, str) or not kind.startswith("0x") or len(kind) != 10:
-        raise _refused("a type of the form 0x00000000")
+def _trustee_event(item: dict[str, Any]) -> tuple[Event, ...]:
+    digests, data = item.get("digests"), item.get("event")
     if not isinstance(digests, list) or not 0 < len(digests) <= MAX_ALGORITHMS or not isinstance(data, str):
         raise _refused("digests and an event in base64")
     by_name = {str(entry.get("alg")): entry.get("digest") for entry in digests if isinstance(entry, dict)}
     if len(by_name) != len(digests) or "SHA-384" not in by_name:
         raise _refused("a SHA-384 digest and no algorithm twice")
-    event_type = int.from_bytes(_hex(kind[2:]), "big")
+    register, event_type = _index(item.get("index")), _type(item.get("type"))
     event = Event(register=register, event_type=event_type, digest=b"", data=_base64(data))
-    return _json_event(event, _hex(by_name["SHA-384"]))
+    return (_json_event(event, _hex(by_name["SHA-384"])),)
+
+
+def _trust_authority_bank(item: dict[str, Any]) -> tuple[Event, ...]:
+    rtmr, events = item.get("rtmr"), item.get("rtmr_events")
+    if not isinstance(rtmr, dict) or not isinstance(events, list) or not isinstance(rtmr.get("bank"), str):
+        raise _refused("rtmr with index and bank, and rtmr_events")
+    register = _index(rtmr.get("index"))
+    return tuple(_trust_authority_event(register, event) for event in events if rtmr["bank"] == "SHA384")
+
+
+def _trust_authority_event(register: int, item: object) -> Event:
+    if not isinstance(item, dict):
+        raise _refused("a JSON object for each event")
+    tags = item.get("tags") or [""]
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise _refused("text in tags")
+    event = Event(register=register, event_type=_type(item.get("type_id")), digest=b"", data=b"", name=tags[0])
+    return _json_event(event, _hex(item.get("measurement")))
+
+
+def _index(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= 4:
+        raise _refused("index 0 to 4")
+    return value
+
+
+def _type(value: object) -> int:
+    if not isinstance(value, str) or re.fullmatch(r"0x[0-9A-Fa-f]{1,8}", value) is None:
+        raise _refused("an event type of the form 0x0")
+    return int(value, 16)
 
 
 def _json_event(event: Event, digest: bytes) -> Event:

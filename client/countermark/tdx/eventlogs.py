@@ -11,8 +11,9 @@ claim, believed as far as the digest is recomputed from them:
   too many with EV_EFI_VARIABLE_AUTHORITY. dstack's runtime events and our own boot events have their own fixed rule.
   Where the rule is fixed, another digest is a refusal (`eventlog.digest`).
 - For every other type the data names what was hashed (a firmware volume, ACPI tables, a PE image, a command line). Some
-  writers hash the data, or a part of it, all the same: GRUB its command without the prefix, systemd's stub the name of
-  a section in ASCII, the attestation agent of Confidential Containers the tagged text. That is reported when it is so.
+  writers hash the data, or a part of it, all the same: GRUB its command without the prefix (old ones with its NUL),
+  systemd's stub the name of a section in ASCII, the attestation agent of Confidential Containers the tagged text.
+  That is reported when it is so.
 - A JSON list may come without the data: then there is nothing to recompute.
 
 Sources: genuine CCEL logs of QEMU with OVMF, of GKE and of dstack; UEFI 2.10 sections 3.1.3, 10 and 38.4 (load options,
@@ -278,13 +279,13 @@ def verify_digests(events: Iterable[Event]) -> DigestSummary:
 
 
 def _check(event: Event) -> DigestCheck:
-    if event.event_type == eventlog.EV_NO_ACTION:
+    if not event.extends:
         return DigestCheck.NOT_EXTENDED
     if event.event_type == DSTACK_RUNTIME_EVENT and any(
         eventlog.dstack_event_digest(event, version=version) == event.digest for version in (1, 2)
     ):
         return DigestCheck.RECOMPUTED
-    if not event.data and not event.name:
+    if not event.data and (not event.name or event.event_type != DSTACK_RUNTIME_EVENT):
         return DigestCheck.NO_DATA
     if any(hashlib.sha384(hashed).digest() == event.digest for hashed in _hashed(event)):
         return DigestCheck.RECOMPUTED
@@ -304,9 +305,11 @@ def _hashed(event: Event) -> Iterable[bytes]:
         case eventlog.EV_EFI_VARIABLE_AUTHORITY:
             yield data[:-1]
         case eventlog.EV_IPL:
-            text = data.rstrip(b"\0")
-            yield text
-            yield from (text.removeprefix(prefix) for prefix in _GRUB if text.startswith(prefix))
+            yield data.rstrip(b"\0")
+            for prefix in _GRUB:
+                if data.startswith(prefix):
+                    yield data.removeprefix(prefix)
+                    yield data.removeprefix(prefix).rstrip(b"\0")
             if data[1::2].strip(b"\0") == b"":  # UTF-16 of ASCII
                 yield data[::2].rstrip(b"\0") + b"\0"
         case eventlog.EV_EVENT_TAG:
