@@ -252,6 +252,7 @@ def appraise(
     scope: Scope | str = Scope.SESSION,
     connection: Connection | None = None,
     time_basis: TimeBasis = TimeBasis.NOW,
+    endorsements: bytes | None = None,
 ) -> Verdict:
     """Appraise encoded evidence at time `now` (unix seconds) and return the Verdict, or raise.
 
@@ -260,6 +261,7 @@ def appraise(
     allow-list, 10 weights, numerics and configuration, 11 channel.
 
     `connection`: what the client knows of its own connection; required in scope session, forbidden in scope bundle.
+    `endorsements`: TDX endorsements to use instead of those that came along, which no digest of the evidence covers.
     Raises `UsageError` `appraise.connection`, `PolicyError` `policy.expired`, and for evidence that is refused the
     error of the failing step, with its `code`, `step` and `checks`.
     """
@@ -277,17 +279,19 @@ def appraise(
         ccel = parse_event_log(parsed.ccel)
         parse_event_log(parsed.rtmr3_log)
         claims = parse_claims(parsed.claims)
-        endorsements = parse_endorsements(parsed.endorsements.tdx)
+        tdx_endorsements = parse_endorsements(parsed.endorsements.tdx if endorsements is None else endorsements)
         gpu_evidence = parse_gpus(parsed)
         detail.append(f"{len(evidence)} bytes; platform {parsed.platform.value}; quote version {quote.header.version}")
 
     with steps.step("2") as detail:
         verify_root(quote, policy)
         _verify_platform(parsed, policy)
-        detail.append(verify_endorsements(endorsements, policy, now=now))
+        detail.append(verify_endorsements(tdx_endorsements, policy, now=now))
+        if endorsements is not None:
+            detail.append("the verifier's own, not those that came along")
 
     with steps.step("3") as detail:
-        platform = verify_quote(parsed.quote, quote, endorsements, policy, now=now)
+        platform = verify_quote(parsed.quote, quote, tdx_endorsements, policy, now=now)
         detail.append(f"{platform.tcb_status}; advisories {', '.join(platform.advisory_ids) or 'none'}")
 
     with steps.step("4") as detail:

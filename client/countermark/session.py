@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -34,6 +34,7 @@ from countermark.errors import (
     Unavailable,
     VerificationError,
 )
+from countermark.formats.evidence import encode_evidence, parse_evidence
 from countermark.formats.receipt import Answer as Streamed
 from countermark.policy import Policy
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
@@ -50,11 +51,21 @@ _CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
 }
 
 
-def connect(address: str, policy: Policy, *, now: int | None = None, timeout_s: float = 30.0) -> Session:
+def connect(
+    address: str,
+    policy: Policy,
+    *,
+    now: int | None = None,
+    timeout_s: float = 30.0,
+    endorsements: bytes | Callable[[bytes], bytes] | None = None,
+) -> Session:
     """Connect to `HOST:PORT`, demand evidence, appraise it; a Session or an error, nothing in between.
 
-    `now`: unix seconds (the verdict then says `assumed`), else this machine's clock. `timeout_s`: for all of it.
-    Raises `Unavailable`, `ChannelError` (see `Channel.open`), and what `appraise` raises, with its `checks`.
+    `now`: unix seconds (the verdict then says `assumed`), else this machine's clock. `timeout_s`: for all of it, but
+    for the fetching. `endorsements`: Intel's, to be used instead of those that the node sends: the JSON, or what gives
+    it for a quote, such as `fetch.intel.fetch_collateral` with a source. Bundles then carry these.
+    Raises `Unavailable`, `ChannelError` (see `Channel.open`), what `endorsements` raises, and what `appraise` raises,
+    with its `checks`.
     """
     started = time.monotonic()
     channel = Channel.open(address, timeout_s=timeout_s)
@@ -70,6 +81,7 @@ def connect(address: str, policy: Policy, *, now: int | None = None, timeout_s: 
         except DecodeError as err:
             raise FormatError("attest: expected AttestResponse", code="attest.malformed") from err
         facts = channel.facts
+        own = endorsements if not callable(endorsements) else _fetched(evidence, endorsements)
         verdict = appraise(
             evidence,
             policy,
@@ -83,11 +95,26 @@ def connect(address: str, policy: Policy, *, now: int | None = None, timeout_s: 
                 group=facts.group,
                 version=facts.version,
             ),
+            endorsements=own,
         )
-        return Session(channel, verdict, evidence)
+        return Session(channel, verdict, evidence if own is None else _with_endorsements(evidence, own))
     except BaseException:
         channel.close()
         raise
+
+
+def _fetched(evidence: bytes, fetch: Callable[[bytes], bytes]) -> bytes | None:
+    try:
+        quote = parse_evidence(evidence).quote
+    except FormatError:
+        return None  # refused by the appraisal, which says so with its checks
+    return fetch(quote)
+
+
+def _with_endorsements(evidence: bytes, own: bytes) -> bytes:
+    """What a bundle carries must verify as it did here. The claims' digests cover no endorsements."""
+    parsed = parse_evidence(evidence)
+    return encode_evidence(replace(parsed, endorsements=replace(parsed.endorsements, tdx=own)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,15 +64,23 @@ class Verification(Sealed):
 
 
 def verify_bundle(
-    bundle: Bundle, policy: Policy, at: int, *, time_basis: TimeBasis = TimeBasis.ASSUMED
+    bundle: Bundle,
+    policy: Policy,
+    at: int,
+    *,
+    time_basis: TimeBasis = TimeBasis.ASSUMED,
+    endorsements: bytes | None = None,
 ) -> Verification:
     """Verify a bundle under a policy at time `at` (unix seconds), or raise.
 
-    `time_basis`: `NOW` when `at` is this machine's clock, `ASSUMED` when somebody chose it. Raises what `appraise`,
-    `verify_accepted` and `verify_receipt` raise, for step 19 `FormatError` (`manifest.*`) or `MeasurementError`
-    (`manifest.*`), and after the last step `Undecidable` (`profile.retired`); the error carries all checks made so far.
+    `time_basis`: `NOW` when `at` is this machine's clock, `ASSUMED` when somebody chose it. `endorsements`: Intel's, to
+    be used instead of the bundle's. Raises what `appraise`, `verify_accepted` and `verify_receipt` raise, for step 19
+    `FormatError` (`manifest.*`) or `MeasurementError` (`manifest.*`), and after the last step `Undecidable`
+    (`profile.retired`); the error carries all checks made so far.
     """
-    verdict = appraise(bundle.evidence, policy, now=at, scope=Scope.BUNDLE, time_basis=time_basis)
+    verdict = appraise(
+        bundle.evidence, policy, now=at, scope=Scope.BUNDLE, time_basis=time_basis, endorsements=endorsements
+    )
     accepted = verify_accepted(bundle.acceptance, verdict, bundle.request)
     receipt = verify_receipt(bundle.receipt, verdict, request=bundle.request, accepted=accepted, answer=bundle.answer)
     steps = Steps(receipt.checks)
