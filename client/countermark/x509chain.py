@@ -1,9 +1,11 @@
 """X.509 chains and CRLs as endorsements use them: pinned root, explicit time, one exact path.
 
 RFC 5280 sections 6.1 and 6.3 cut down to what vendor device chains are: the given order is leaf first, the last
-certificate is the pinned root itself, every other is issued by the next. Time never comes from the clock.
-Not checked here: policies, name constraints, unknown critical extensions, and path building (there is one path or
-none). For TDX the same chains are checked again by dcap-qvl; this module exists so that a refusal carries a stable code
+certificate is the pinned root itself, every other is issued by the next. Time never comes from the clock. A critical
+extension that nobody here reads is refused, in CRLs any: those that list part of what was revoked (deltas, partitions,
+other authorities' certificates) say so in one.
+Not checked here: policies, name constraints, key usage beyond issuing, and path building (there is one path or none).
+For TDX the same chains are checked again by dcap-qvl; this module exists so that a refusal carries a stable code
 and so that GPU chains have a path check that works offline.
 """
 
@@ -18,6 +20,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from countermark.checks import rfc3339
 from countermark.errors import FormatError
@@ -26,6 +29,11 @@ from countermark.formats.quote import parse_pem_chain as pem_to_der
 MAX_CERTIFICATES: Final = 8
 MAX_CHAIN_BYTES: Final = 64 * 1024
 MAX_CRL_BYTES: Final = 4 * 1024 * 1024
+_READ: Final = (  # critical extensions that are judged, by `verify_chain` or by its callers
+    x509.BasicConstraints.oid,
+    x509.KeyUsage.oid,
+    x509.ObjectIdentifier("2.23.133.5.4.1"),  # DICE TcbInfo: the firmware identifier of GPU certificates
+)
 _UNREADABLE: Final = (
     ValueError,
     TypeError,
@@ -52,6 +60,12 @@ def digest(certificate: x509.Certificate) -> bytes:
 def name(certificate: x509.Certificate) -> str:
     """The subject as printed in messages."""
     return certificate.subject.rfc4514_string()
+
+
+def common_name(certificate: x509.Certificate) -> str:
+    """The subject's common name, empty unless there is exactly one: what vendors' rules name certificates by."""
+    values = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(values[0].value) if len(values) == 1 else ""
 
 
 def parse_pem_chain(data: bytes, what: str) -> tuple[x509.Certificate, ...]:
@@ -113,7 +127,7 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) ->
     """Verify `chain` (leaf first, root last) up to the root whose SHA-256 is `root`, at time `now`.
 
     Raises `ChainError`: `root` (another root), `short`, `ca` (an issuer that may not issue, or a leaf that may),
-    `signature`, `not_yet_valid`, `expired`.
+    `signature`, `extension` (a critical one that is not read), `not_yet_valid`, `expired`.
     """
     if digest(chain[-1]) != root:
         message = f"root: expected SHA-256 {root.hex()}, got {digest(chain[-1]).hex()} ({name(chain[-1])})"
@@ -126,7 +140,15 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) ->
     for below, (certificate, issuer) in enumerate(pairwise(chain)):
         _verify_issuer(issuer, below)
         verify_issued(certificate, issuer)
+        _verify_critical(certificate)
         verify_time(certificate, now)
+
+
+def _verify_critical(certificate: x509.Certificate) -> None:
+    for extension in certificate.extensions:
+        if extension.critical and extension.oid not in _READ:
+            text = f"{name(certificate)}: expected no critical extension {extension.oid.dotted_string}"
+            raise ChainError("extension", text)
 
 
 def _verify_issuer(issuer: x509.Certificate, below: int) -> None:
@@ -162,16 +184,24 @@ def verify_time(certificate: x509.Certificate, now: int) -> None:
 def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *, now: int) -> None:
     """Verify that `issuer` signed `crl` and that it is current at `now`.
 
-    Raises `ChainError`: `crl_issuer`, `crl_signature`, `not_yet_valid`, `expired` (also when nextUpdate is absent).
+    Raises `ChainError`: `crl_issuer` (another's, or the issuer may not sign CRLs), `crl_signature`, `crl_extension` (a
+    critical one), `not_yet_valid`, `expired` (also when nextUpdate is absent).
     """
     if crl.issuer != issuer.subject:
         raise ChainError("crl_issuer", f"CRL: expected issuer {name(issuer)}, got {crl.issuer.rfc4514_string()}")
+    usage = [item.value for item in issuer.extensions if isinstance(item.value, x509.KeyUsage)]
+    if usage and not usage[0].crl_sign:
+        raise ChainError("crl_issuer", f"{name(issuer)}: expected a key that may sign CRLs")
     try:
         valid = crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # other key types raise
     except _UNREADABLE as err:
         raise ChainError("crl_signature", f"CRL of {name(issuer)}: {err}") from err
     if not valid:
         raise ChainError("crl_signature", f"CRL of {name(issuer)}: signature does not verify")
+    for extension in crl.extensions:
+        if extension.critical:
+            text = f"CRL of {name(issuer)}: expected no critical extension, got {extension.oid.dotted_string}"
+            raise ChainError("crl_extension", text)
     if now < crl.last_update_utc.timestamp():
         start = _date(crl.last_update_utc)
         raise ChainError("not_yet_valid", f"CRL of {name(issuer)}: valid from {start}, time is {rfc3339(now)}")

@@ -74,7 +74,10 @@ def test_a_td_without_sept_ve_disable_is_refused() -> None:
     item = vectors.tdx("no-sept-ve")
     assert refusal(item, strict(item.at)) == ("quote.trailing", None)
     whole = replace(item, quote=item.quote[:4935])
-    assert refusal(whole, strict(item.at)) == ("tdx.sept_ve_disable", "4")
+    assert refusal(whole, strict(item.at)) == ("tcb.no_level", "3")
+    with pytest.raises(CountermarkError) as err:
+        verify_td(parse_quote(item.quote, any_trailing=True).body, strict(item.at))
+    assert (err.value.code, err.value.step) == ("tdx.sept_ve_disable", "4")
 
 
 @pytest.mark.parametrize("name", ["dstack-90c06f", "phala-b0c06f"])

@@ -14,7 +14,17 @@ from countermark_appliance.platform.sim.machine import TdLaunch
 from sim_evidence import machine, policy_for
 
 SEPT_VE_DISABLE = 28
-NAMED = {0: "tdx.debug", 29: "tdx.migratable", 30: "tdx.pks", 31: "tdx.key_locker", 63: "tdx.perfmon"}
+NAMED = {
+    0: "tdx.debug",
+    4: "tdx.profiling",
+    5: "tdx.profiling",
+    6: "tdx.profiling",
+    29: "tdx.migratable",
+    30: "tdx.pks",
+    31: "tdx.key_locker",
+    63: "tdx.perfmon",
+    **dict.fromkeys((16, 17, 27, 62), "tdx.attribute"),
+}
 
 
 @pytest.fixture(scope="module")

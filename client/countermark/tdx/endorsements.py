@@ -2,16 +2,15 @@
 
 The JSON form is what dcap-qvl and Intel's PCCS call collateral v3: TCB info v3 and QE identity v2 as signed JSON text,
 two issuer chains in PEM, the root CA CRL and the PCK CRL in DER (Intel PCS API v4; quote verification: Intel SGX DCAP
-QVL design, sections 4.1.2 to 4.1.4). All of it is judged here first so that a refusal has a stable code; dcap-qvl then
-judges the same values again and is the one that rates the TCB level.
-Not checked here: the TCB level, QE measurements, and the PCK chain's link to the quote (`tdx.quote`).
+QVL design, sections 4.1.2 to 4.1.4). Newer writers add the PCK chain, which must then be the quote's own. All of it is
+judged here first so that a refusal has a stable code; dcap-qvl then judges the same values again.
+Not checked here: the TCB level, QE measurements (`tdx.tcb`), and the PCK chain's link to the quote (`tdx.quote`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
 import dcap_qvl
@@ -26,10 +25,14 @@ from countermark.checks import rfc3339
 from countermark.errors import FormatError, TcbError
 from countermark.formats import strict_json
 from countermark.policy import DAY_S, Policy
+from countermark.tdx import tcbinfo
 
 MAX_BYTES: Final = 1024 * 1024
 _TEXTS: Final = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "tcb_info", "qe_identity_issuer_chain", "qe_identity")
 _HEX: Final = ("root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature")
+_PCK_CHAIN: Final = "pck_certificate_chain"  # optional
+_MAX_NUMBER: Final = 1 << 31
+_TCB_SIGNER: Final = "SGX TCB Signing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,91 +49,86 @@ class SignedJson:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endorsements:
-    """Parsed endorsements; `collateral` is the same bytes as dcap-qvl wants them."""
+    """Parsed endorsements; `collateral` is the same bytes as dcap-qvl wants them.
+
+    `pck_chain`: the PCK chain the writer added, empty without one; all it does is that it must be the quote's own.
+    """
 
     tcb_info: SignedJson
     qe_identity: SignedJson
-    fmspc: bytes
+    tcb: tcbinfo.TcbInfo
+    qe: tcbinfo.QeIdentity
+    pck_chain: tuple[x509.Certificate, ...]
     pck_crl_chain: tuple[x509.Certificate, ...]
     root_crl: x509.CertificateRevocationList
     pck_crl: x509.CertificateRevocationList
     collateral: dcap_qvl.QuoteCollateralV3
 
 
-def _bad(message: str, code: str = "endorsements.malformed") -> FormatError:
-    return FormatError(f"endorsements.{message}", code=code, step="1")
-
-
 def _json(data: bytes, what: str) -> dict[str, Any]:
     value = strict_json.load(data, "endorsements", max_bytes=MAX_BYTES)
     if not isinstance(value, dict):
-        raise _bad(f"{what}: expected a JSON object, got {type(value).__name__}")
+        raise tcbinfo.bad(f"{what}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _time(value: object, what: str) -> int:
-    try:
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise _bad(f"{what}: expected an RFC 3339 time")
-    return int(moment.timestamp())
 
 
 def _signed(values: dict[str, str], what: str, identity: str) -> tuple[SignedJson, dict[str, Any]]:
     body = _json(values[what].encode(), what)
     if body.get("id") != identity:
-        raise _bad(f"{what}.id: expected {identity}, got {body.get('id')!r}")
-    number = body.get("tcbEvaluationDataNumber")
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise _bad(f"{what}.tcbEvaluationDataNumber: expected an integer, got {type(number).__name__}")
+        raise tcbinfo.bad(f"{what}.id: expected {identity}, got {body.get('id')!r:.40}")
     signature = bytes.fromhex(values[f"{what}_signature"])
     if len(signature) != 64:
-        raise _bad(f"{what}_signature: expected 64 bytes, got {len(signature)}")
+        raise tcbinfo.bad(f"{what}_signature: expected 64 bytes, got {len(signature)}")
     signed = SignedJson(
         text=values[what].encode(),
         signature=signature,
         chain=x509chain.parse_pem_chain(values[f"{what}_issuer_chain"].encode(), "endorsements"),
-        issue_date=_time(body.get("issueDate"), f"{what}.issueDate"),
-        next_update=_time(body.get("nextUpdate"), f"{what}.nextUpdate"),
-        evaluation_data_number=number,
+        issue_date=tcbinfo.moment(body, "issueDate", what),
+        next_update=tcbinfo.moment(body, "nextUpdate", what),
+        evaluation_data_number=tcbinfo.integer(body, "tcbEvaluationDataNumber", what, most=_MAX_NUMBER),
     )
     return signed, body
 
 
-def parse_endorsements(data: bytes) -> Endorsements:
-    """Parse the nine-field JSON object. Absent or empty CRLs are `endorsements.crl_missing`.
-
-    Raises `FormatError`: `endorsements.json`, `endorsements.too_long`, `endorsements.malformed`, `endorsements.pem`,
-    `endorsements.chain`, `endorsements.crl`, `endorsements.crl_missing`.
-    """
+def _texts(data: bytes) -> dict[str, str]:
     values = _json(data, "json")
     for name in ("root_ca_crl", "pck_crl"):
         if not values.get(name):
-            raise _bad(f"{name}: expected a CRL, got none", code="endorsements.crl_missing")
-    if set(values) != {*_TEXTS, *_HEX}:
-        raise _bad(f"json: expected exactly the fields {sorted((*_TEXTS, *_HEX))}, got {sorted(values)}")
+            message = f"endorsements.{name}: expected a CRL, got none"
+            raise FormatError(message, code="endorsements.crl_missing", step="1")
+    if values.get(_PCK_CHAIN, "") is None:
+        del values[_PCK_CHAIN]  # how some writers say that there is none
+    if set(values) - {_PCK_CHAIN} != {*_TEXTS, *_HEX}:
+        raise tcbinfo.bad(f"json: expected exactly the fields {sorted((*_TEXTS, *_HEX))}, got {sorted(values)}")
     for name, value in values.items():
         if not isinstance(value, str):
-            raise _bad(f"{name}: expected text, got {type(value).__name__}")
+            raise tcbinfo.bad(f"{name}: expected text, got {type(value).__name__}")
+    return values
+
+
+def parse_endorsements(data: bytes) -> Endorsements:
+    """Parse the JSON object of nine fields, or ten with `pck_certificate_chain`. Hex may be of either case.
+
+    Absent or empty CRLs are `endorsements.crl_missing`. Raises `FormatError`: `endorsements.json`,
+    `endorsements.too_long`, `endorsements.malformed`, `endorsements.pem`, `endorsements.chain`, `endorsements.crl`,
+    `endorsements.crl_missing`.
+    """
+    values = _texts(data)
     try:
         raw = {name: bytes.fromhex(values[name]) for name in _HEX}
-        for name in _TEXTS:
-            values[name].encode()
+        texts = {name: values[name].encode() for name in values}
     except ValueError as err:
-        raise _bad(f"json: {err}") from err
-    tcb_info, body = _signed(values, "tcb_info", "TDX")
-    qe_identity, _ = _signed(values, "qe_identity", "TD_QE")
-    try:
-        fmspc = bytes.fromhex(body["fmspc"])
-    except (KeyError, TypeError, ValueError) as err:
-        raise _bad("tcb_info.fmspc: expected hex") from err
+        raise tcbinfo.bad(f"json: {err}") from err
+    tcb_info, tcb_body = _signed(values, "tcb_info", "TDX")
+    qe_identity, qe_body = _signed(values, "qe_identity", "TD_QE")
+    pck_chain = x509chain.parse_pem_chain(texts[_PCK_CHAIN], "endorsements") if _PCK_CHAIN in texts else ()
     return Endorsements(
         tcb_info=tcb_info,
         qe_identity=qe_identity,
-        fmspc=fmspc,
-        pck_crl_chain=x509chain.parse_pem_chain(values["pck_crl_issuer_chain"].encode(), "endorsements"),
+        tcb=tcbinfo.parse_tcb_info(tcb_body),
+        qe=tcbinfo.parse_qe_identity(qe_body),
+        pck_chain=pck_chain,
+        pck_crl_chain=x509chain.parse_pem_chain(texts["pck_crl_issuer_chain"], "endorsements"),
         root_crl=x509chain.parse_crl(raw["root_ca_crl"], "endorsements"),
         pck_crl=x509chain.parse_crl(raw["pck_crl"], "endorsements"),
         collateral=dcap_qvl.QuoteCollateralV3(**{name: values[name] for name in _TEXTS}, **raw),
@@ -195,7 +193,7 @@ def _verify_signed(item: SignedJson, what: str, endorsements: Endorsements, poli
     _chained(lambda: x509chain.verify_chain(item.chain, root=policy.tdx_root, now=now), f"{what} issuer chain")
     signer = item.chain[0]
     # Intel's rule: the signer stands directly below the root and is named for TCB signing. A PCK key must not do.
-    if len(item.chain) != 2 or "TCB Signing" not in x509chain.name(signer):
+    if len(item.chain) != 2 or _TCB_SIGNER not in x509chain.common_name(signer):
         message = f"{what}: expected a TCB signing certificate directly below the root, got {x509chain.name(signer)}"
         raise TcbError(message, code="endorsements.signer", step="2")
     if x509chain.is_revoked(signer, endorsements.root_crl):

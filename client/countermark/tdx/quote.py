@@ -1,12 +1,13 @@
 """The signatures of a TDX quote and the TCB level of the platform that made it.
 
 Intel SGX DCAP quote verification, appendix A.4 of the TDX DCAP Quoting Library API (quote version 4 and 5),
-certification data type 6 over 5. Numbered in `verify_quote`. dcap-qvl decides (its policy API; its legacy `verify`
-accepts OutOfDate); every signature, revocation and the FMSPC are checked here before it, so that a refusal's code never
-hangs on the text of another library's message, and so that two implementations must agree before a quote passes. Not
-checked here: TD attributes and module (`tdx.td`), measurements, report_data, and the endorsements' own signatures and
-times (`tdx.endorsements`, which must have passed first). Dynamic platform, cached keys and SMT flags are not judged:
-every multi-socket TDX server sets them.
+certification data type 6 over 5; PCK certificates after Intel's "SGX PCK Certificate and Certificate Revocation List
+Profile Specification". Numbered in `verify_quote`. Everything is judged here and rated by `tdx.tcb` first, so that a
+refusal's code never hangs on the text of another library's message; then dcap-qvl judges all of it again (its policy
+API; its legacy `verify` accepts OutOfDate), and a quote passes only if both accept it.
+Not checked here: TD attributes and module (`tdx.td`), measurements, report_data, and the endorsements' own signatures
+and times (`tdx.endorsements`, which must have passed first). Dynamic platform, cached keys and SMT flags are not
+judged: every multi-socket TDX server sets them.
 """
 
 from __future__ import annotations
@@ -25,19 +26,16 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from countermark import x509chain
-from countermark.errors import FormatError, QuoteError, TcbError
+from countermark.errors import FormatError, MeasurementError, QuoteError, TcbError
 from countermark.formats.quote import Quote, encode_enclave_report, signed_part
 from countermark.policy import INTEL_SGX_ROOT, Policy
 from countermark.tdx.endorsements import Endorsements, p256_verifies
+from countermark.tdx.tcb import UP_TO_DATE, PlatformTcb, Rating, rate
 from countermark.tdx.td import verify_td
 
-# Refinement only: which of our codes fits when dcap-qvl refuses what passed every check of ours.
-_REASONS: Final = (
-    ("no matching tcb level", "tcb.no_level"),
-    ("revoked", "tcb.status"),
-    ("tdx module", "tcb.module"),
-    ("qe ", "tcb.qe_identity"),
-)
+_PCK_NAME: Final = "SGX PCK Certificate"
+_PCK_CA_NAMES: Final = ("SGX PCK Platform CA", "SGX PCK Processor CA")
+_PCK_SIZES: Final = {"ppid": 16, "cpu_svn": 16, "pce_id": 2, "fmspc": 6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,41 +66,64 @@ def verify_root(quote: Quote, policy: Policy) -> None:
 
 
 def verify_quote(data: bytes, quote: Quote, endorsements: Endorsements, policy: Policy, *, now: int) -> Platform:
-    """Step 3: 1 PCK chain, 2 revocation, 3 QE report, 4 quote signature, 5 FMSPC, 6 dcap-qvl, 7 TCB status.
+    """Step 3: 1 PCK chain, 2 revocation, 3 QE report, 4 quote signature, 5 platform family, 6 TCB level and
+    whether the policy accepts it, 7 the same by dcap-qvl.
 
-    `quote` is `parse_quote(data)`. Raises `QuoteError` (`quote.root`, `quote.short`, `quote.ca`,
-    `quote.chain_signature`, `quote.not_yet_valid`, `quote.expired`, `quote.crl_issuer`, `quote.crl_signature`,
-    `quote.pck_revoked`, `quote.ca_revoked`, `quote.qe_signature`, `quote.qe_binding`, `quote.signature`,
-    `quote.pck_extension`, `quote.refused`), `TcbError` (`tcb.fmspc`, `tcb.no_level`, `tcb.module`, `tcb.qe_identity`,
-    `tcb.status`, `tcb.advisory`) or, where dcap-qvl refuses the TD's attributes, the `MeasurementError` of `verify_td`.
+    `quote` is `parse_quote(data)`. dcap-qvl also refuses TDs that step 4 refuses; those are left to step 4, so what
+    this returns for them is rated once, not twice. Raises `QuoteError` (`quote.pck_chain`, `quote.root`, `quote.short`,
+    `quote.ca`, `quote.extension`, `quote.chain_signature`, `quote.not_yet_valid`, `quote.expired`, `quote.pck_name`,
+    `quote.crl_issuer`, `quote.crl_signature`, `quote.crl_extension`, `quote.pck_revoked`, `quote.ca_revoked`,
+    `quote.qe_signature`, `quote.qe_binding`, `quote.signature`, `quote.pck_extension`, `quote.refused`) or `TcbError`
+    (`tcb.fmspc`, `tcb.pce_id`, those of `tdx.tcb.rate`, `tcb.status`, `tcb.advisory`).
     """
     chain = _chain(quote)
+    if endorsements.pck_chain and endorsements.pck_chain != chain:
+        message = f"pck_certificate_chain: expected the quote's own chain, got {_names(endorsements.pck_chain)}"
+        raise QuoteError(message, code="quote.pck_chain", step="3")
     _verify_pck_chain(chain, endorsements, policy, now)
     _verify_signatures(data, quote, chain[0])
     pck = _pck_extension(chain[0])
-    if pck.fmspc != endorsements.fmspc:
-        message = f"fmspc: expected {endorsements.fmspc.hex()} as in the TCB info, got {pck.fmspc.hex()}"
-        raise TcbError(message, code="tcb.fmspc", step="3")
-    try:
-        verifier = dcap_qvl.QuoteVerifier(chain[-1].public_bytes(Encoding.DER))
-        rate = dcap_qvl.QuotePolicy.claims_only(now)  # it rates; which ratings pass is our policy's
-        claims = json.loads(verifier.verify_with_policy(data, endorsements.collateral, now, rate).to_json())
-    except ValueError as err:
-        verify_td(quote.body, policy)
-        text = str(err).lower()
-        for words, code in _REASONS:
-            if words in text:
-                raise TcbError(f"tcb: {err}", code=code, step="3") from err
-        raise QuoteError(f"quote: {err}", code="quote.refused", step="3") from err
-    platform = Platform(
-        tcb_status=claims["tcb"]["status"],
-        advisory_ids=tuple(claims["tcb"]["advisory_ids"]),
+    for name, wanted, got in (
+        ("fmspc", endorsements.tcb.fmspc, pck.fmspc),
+        ("pce_id", endorsements.tcb.pce_id, pck.pce_id),
+    ):
+        if wanted != got:
+            message = f"{name}: expected {wanted.hex()} as in the TCB info, got {got.hex()} in the PCK certificate"
+            raise TcbError(message, code=f"tcb.{name}", step="3")
+    tcb = PlatformTcb(cpu_svn=pck.cpu_svn, pce_svn=pck.pce_svn)
+    rating = rate(quote.body, quote.qe_report, tcb, endorsements.tcb, endorsements.qe)
+    _verify_status(rating, policy, now)
+    second = _second_rating(data, quote, endorsements, chain, policy, now)
+    _verify_status(second, policy, now)
+    return Platform(
+        tcb_status=rating.status,
+        advisory_ids=tuple(sorted({*rating.advisories, *second.advisories})),
         ppid=pck.ppid,
         fmspc=pck.fmspc,
-        evaluation_data_number=claims["tcb"]["eval_data_number"],
+        evaluation_data_number=min(
+            endorsements.tcb_info.evaluation_data_number, endorsements.qe_identity.evaluation_data_number
+        ),
     )
-    _verify_status(platform, policy, now)
-    return platform
+
+
+def _names(chain: tuple[x509.Certificate, ...]) -> str:
+    return ", ".join(x509chain.name(item) for item in chain)
+
+
+def _second_rating(
+    data: bytes, quote: Quote, endorsements: Endorsements, chain: tuple[x509.Certificate, ...], policy: Policy, now: int
+) -> Rating:
+    try:
+        verifier = dcap_qvl.QuoteVerifier(chain[-1].public_bytes(Encoding.DER))
+        every = dcap_qvl.QuotePolicy.claims_only(now)  # it rates; which ratings pass is our policy's
+        claims = json.loads(verifier.verify_with_policy(data, endorsements.collateral, now, every).to_json())
+    except ValueError as err:
+        try:
+            verify_td(quote.body, policy)
+        except MeasurementError:
+            return Rating(status=UP_TO_DATE, advisories=())  # it cannot rate such a TD, and step 4 refuses it
+        raise QuoteError(f"quote: refused by dcap-qvl: {err}", code="quote.refused", step="3") from err
+    return Rating(status=claims["tcb"]["status"], advisories=tuple(claims["tcb"]["advisory_ids"]))
 
 
 def _verify_pck_chain(
@@ -116,6 +137,10 @@ def _verify_pck_chain(
     except x509chain.ChainError as err:
         code = "chain_signature" if err.reason == "signature" else err.reason
         raise QuoteError(f"PCK chain: {err}", code=f"quote.{code}", step="3") from err
+    for certificate, known in ((chain[0], (_PCK_NAME,)), (chain[1], _PCK_CA_NAMES)):
+        if not any(words in x509chain.common_name(certificate) for words in known):
+            message = f"PCK chain: expected {' or '.join(known)}, got {x509chain.name(certificate)}"
+            raise QuoteError(message, code="quote.pck_name", step="3")
     if x509chain.is_revoked(chain[0], endorsements.pck_crl):
         message = f"PCK certificate {chain[0].serial_number:x}: revoked by its CA"
         raise QuoteError(message, code="quote.pck_revoked", step="3")
@@ -140,18 +165,23 @@ def _verify_signatures(data: bytes, quote: Quote, pck: x509.Certificate) -> None
 
 def _pck_extension(pck: x509.Certificate) -> dcap_qvl.PckExtension:
     try:
-        return dcap_qvl.parse_pck_extension_from_pem(pck.public_bytes(Encoding.PEM))
+        found = dcap_qvl.parse_pck_extension_from_pem(pck.public_bytes(Encoding.PEM))
     except ValueError as err:
         raise FormatError(f"PCK certificate: {err}", code="quote.pck_extension", step="3") from err
+    for name, size in _PCK_SIZES.items():
+        if len(getattr(found, name)) != size:
+            message = f"PCK certificate: {name}: expected {size} bytes, got {len(getattr(found, name))}"
+            raise FormatError(message, code="quote.pck_extension", step="3")
+    return found
 
 
-def _verify_status(platform: Platform, policy: Policy, now: int) -> None:
+def _verify_status(rating: Rating, policy: Policy, now: int) -> None:
     statuses = {item.name for item in policy.accepted_statuses if now <= item.until}
-    if platform.tcb_status != "UpToDate" and platform.tcb_status not in statuses:
-        accepted = ", ".join(("UpToDate", *sorted(statuses)))
-        raise TcbError(f"tcb status: expected {accepted}, got {platform.tcb_status}", code="tcb.status", step="3")
+    if rating.status != UP_TO_DATE and rating.status not in statuses:
+        accepted = ", ".join((UP_TO_DATE, *sorted(statuses)))
+        raise TcbError(f"tcb status: expected {accepted}, got {rating.status}", code="tcb.status", step="3")
     advisories = {item.name for item in policy.accepted_advisories if now <= item.until}
-    open_ids = sorted(set(platform.advisory_ids) - advisories)
+    open_ids = sorted(set(rating.advisories) - advisories)
     if open_ids:
         message = f"tcb advisories: expected none but {sorted(advisories)}, got {open_ids}"
         raise TcbError(message, code="tcb.advisory", step="3")

@@ -99,7 +99,7 @@ def make_vendor(*, now: int) -> Vendor:
         curve=p256,
         ca=False,
         crl_url=_CRL_URL + "pck.crl",
-        extensions=(_sgx_extension(),),
+        extensions=(sgx_extension(),),
     )
     tcb_signing = issue(
         "SGX TCB Signing",
@@ -205,7 +205,7 @@ def _iso(seconds: int) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _sgx_extension() -> x509.UnrecognizedExtension:
+def sgx_extension(*, pce_id: bytes = bytes(2), fmspc: bytes = FMSPC) -> x509.UnrecognizedExtension:
     """PPID, TCB, PCEID, FMSPC, SGX type (1: scalable), platform instance id, configuration: one OID each below ours.
 
     The configuration says: not dynamic, no cached keys, no SMT, which is what a strict policy wants.
@@ -217,8 +217,8 @@ def _sgx_extension() -> x509.UnrecognizedExtension:
     values = (
         der.octets(b"SIMULATED" + secrets.token_bytes(7)),
         der.sequence(*tcb),
-        der.octets(bytes(2)),
-        der.octets(FMSPC),
+        der.octets(pce_id),
+        der.octets(fmspc),
         der.enumerated(1),
         der.octets(b"SIMULATED" + secrets.token_bytes(7)),
         der.sequence(*configuration),
