@@ -205,7 +205,8 @@ def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *,
     if now < crl.last_update_utc.timestamp():
         start = _date(crl.last_update_utc)
         raise ChainError("not_yet_valid", f"CRL of {name(issuer)}: valid from {start}, time is {rfc3339(now)}")
-    if crl.next_update_utc is None or now > crl.next_update_utc.timestamp():
+    # As OpenSSL and webpki read it: the second of nextUpdate is the first in which the list is old.
+    if crl.next_update_utc is None or now >= crl.next_update_utc.timestamp():
         until = "absent" if crl.next_update_utc is None else _date(crl.next_update_utc)
         raise ChainError("expired", f"CRL of {name(issuer)}: nextUpdate {until}, time is {rfc3339(now)}")
 

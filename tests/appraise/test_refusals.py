@@ -816,7 +816,7 @@ def test_every_documented_code_has_a_row() -> None:
 
 
 def code_in_quotes(path: Path) -> list[str]:
-    return re.findall(r'"((?:gpu|tdx|tcb|quote|endorsements)\.[a-z_0-9]+)"', path.read_text())
+    return re.findall(r'"((?:gpu|tdx|tcb|quote|endorsements|eventlog|rtmr3)\.[a-z_0-9]+)"', path.read_text())
 
 
 def test_every_step_has_a_row() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from countermark import x509chain
 from countermark.errors import FormatError
 from countermark.x509chain import ChainError
-from countermark_appliance.platform.sim.issue import issue, issue_crl
+from countermark_appliance.platform.sim import der
+from countermark_appliance.platform.sim.issue import Issued, issue, issue_crl
 from sim_evidence import NOW, machine, sha256
 
 YEAR_S = 365 * 86_400
@@ -124,10 +127,92 @@ def test_a_ca_whose_key_may_not_sign_certificates_is_refused() -> None:
 def test_a_crl_needs_a_next_update_and_its_time() -> None:
     vendor = machine().vendor
     crl = x509chain.parse_crl(issue_crl(vendor.pck_ca, this_update=NOW, next_update=NOW + 60), "test")
-    for now, reason in ((NOW - 1, "not_yet_valid"), (NOW + 61, "expired")):
+    for now in (NOW, NOW + 59):
+        x509chain.verify_crl(crl, vendor.pck_ca.certificate, now=now)
+    for now, reason in ((NOW - 1, "not_yet_valid"), (NOW + 60, "expired"), (NOW + 61, "expired")):
         with pytest.raises(ChainError) as err:
             x509chain.verify_crl(crl, vendor.pck_ca.certificate, now=now)
         assert err.value.reason == reason
+
+
+def test_a_critical_extension_that_nobody_reads_is_refused() -> None:
+    vendor = machine().vendor
+    times: Any = {"not_before": NOW - 60, "not_after": NOW + 60, "curve": ec.SECP256R1()}
+    for oid, reason in (("1.2.840.113741.1.13.1", "extension"), ("2.23.133.5.4.1", None)):
+        extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), b"\5\0")
+        for critical in (True, False):
+            leaf = issue("leaf", vendor.pck_ca, **times, ca=False, extensions=[extension], critical=critical)
+            if reason and critical:
+                with pytest.raises(ChainError) as err:
+                    verify([leaf.der, vendor.pck_ca.der, vendor.root.der])
+                assert err.value.reason == reason
+            else:
+                verify([leaf.der, vendor.pck_ca.der, vendor.root.der])
+
+
+def test_a_crl_of_a_key_that_may_not_sign_crls_is_refused() -> None:
+    vendor = machine().vendor
+    crl = x509chain.parse_crl(issue_crl(vendor.pck, this_update=NOW, next_update=NOW + 60), "test")
+    with pytest.raises(ChainError) as err:
+        x509chain.verify_crl(crl, vendor.pck.certificate, now=NOW)
+    assert err.value.reason == "crl_issuer"
+
+
+@pytest.mark.parametrize(
+    "extension",
+    [
+        x509.DeltaCRLIndicator(1),
+        x509.IssuingDistributionPoint(None, None, True, False, None, False, False),
+        x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\5\0"),
+    ],
+)
+def test_a_crl_that_lists_only_a_part_is_refused(extension: x509.ExtensionType) -> None:
+    issuer = machine().vendor.pck_ca
+    for critical in (True, False):
+        crl = x509chain.parse_crl(crl_with(issuer, extension, critical=critical), "test")
+        if critical:
+            with pytest.raises(ChainError) as err:
+                x509chain.verify_crl(crl, issuer.certificate, now=NOW)
+            assert err.value.reason == "crl_extension"
+        else:
+            x509chain.verify_crl(crl, issuer.certificate, now=NOW)
+
+
+def crl_with(issuer: Issued, extension: x509.ExtensionType, *, critical: bool) -> bytes:
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer.certificate.subject)
+        .last_update(datetime.fromtimestamp(NOW - 60, UTC))
+        .next_update(datetime.fromtimestamp(NOW + 60, UTC))
+        .add_extension(extension, critical=critical)
+    )
+    return builder.sign(issuer.key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def test_a_crl_without_a_next_update_is_never_current() -> None:
+    issuer = machine().vendor.pck_ca
+    body = x509chain.parse_crl(issue_crl(issuer, this_update=NOW - 60, next_update=NOW + 60), "test").tbs_certlist_bytes
+    times = [match.start() for match in re.finditer(rb"\x17\x0d[0-9]{12}Z", body)]
+    assert len(times) == 2
+    body = der.sequence(body[len(body) - len_of_body(body) : times[1]], body[times[1] + 15 :])
+    algorithm = der.sequence(der.oid("1.2.840.10045.4.3.2"))
+    signature = issuer.key.sign(body, ec.ECDSA(hashes.SHA256()))
+    data = der.sequence(body, algorithm, der.tlv(3, b"\0" + signature))
+    crl = x509chain.parse_crl(data, "test")
+    assert crl.next_update_utc is None
+    with pytest.raises(ChainError) as err:
+        x509chain.verify_crl(crl, issuer.certificate, now=NOW)
+    assert err.value.reason == "expired"
+
+
+def len_of_body(data: bytes) -> int:
+    """The length of the outer element's content."""
+    return data[1] if data[1] < 0x80 else int.from_bytes(data[2 : 2 + data[1] - 0x80])
+
+
+def test_common_names_are_read_whole() -> None:
+    vendor = machine().vendor
+    assert x509chain.common_name(vendor.pck.certificate) == "SIMULATED SGX PCK Certificate"
 
 
 def test_counts_and_sizes_are_capped_first() -> None:

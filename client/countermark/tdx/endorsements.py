@@ -147,8 +147,9 @@ def verify_endorsements(endorsements: Endorsements, policy: Policy, *, now: int)
     """Step 2: signed under the policy's root, valid at `now`, young enough, version not rolled back.
 
     Returns one line for the check's detail. Raises `TcbError` with step 2 and a code that starts with `endorsements.`:
-    `root`, `short`, `ca`, `chain_signature`, `signature`, `crl_issuer`, `crl_signature`, `signer`, `signer_revoked`,
-    `not_yet_valid`, `expired`, `too_old`, `rolled_back`.
+    `root`, `short`, `ca`, `extension`, `chain_signature`, `signature`, `crl_issuer`, `crl_signature`, `crl_extension`,
+    `crl_number` (absent, which Intel's profile has none without), `signer`, `signer_revoked`, `not_yet_valid`,
+    `expired`, `too_old`, `rolled_back`.
     """
     signed = {"TCB info": endorsements.tcb_info, "QE identity": endorsements.qe_identity}
     root = endorsements.pck_crl_chain[-1]
@@ -157,6 +158,9 @@ def verify_endorsements(endorsements: Endorsements, policy: Policy, *, now: int)
     for what, item in signed.items():
         _verify_signed(item, what, endorsements, policy, now)
     _verify_pck_crl(endorsements, root, now)
+    for what, crl in (("root CA CRL", endorsements.root_crl), ("PCK CRL", endorsements.pck_crl)):
+        if not any(isinstance(item.value, x509.CRLNumber) for item in crl.extensions):
+            raise TcbError(f"{what}: expected a CRL number, got none", code="endorsements.crl_number", step="2")
     dates = {what: (item.issue_date, item.next_update) for what, item in signed.items()}
     dates["PCK CRL"] = (int(endorsements.pck_crl.last_update_utc.timestamp()), now)
     for what, (issued, until) in dates.items():

@@ -71,9 +71,13 @@ def issue(
     path_length: int | None = None,
     crl_url: str | None = None,
     extensions: Sequence[x509.UnrecognizedExtension] = (),
+    critical: bool = False,
     alternative_name: x509.GeneralName | None = None,
 ) -> Issued:
-    """Make a key and its certificate, signed by `issuer` (None: by itself). Times are Unix seconds."""
+    """Make a key and its certificate, signed by `issuer` (None: by itself). Times are Unix seconds.
+
+    `critical`: whether `extensions` are, which no vendor's is.
+    """
     key = ec.generate_private_key(curve)
     name = simulated_name(common_name)
     issuer_key = issuer.key if issuer else key
@@ -109,7 +113,7 @@ def issue(
     if alternative_name is not None:
         builder = builder.add_extension(x509.SubjectAlternativeName([alternative_name]), critical=False)
     for extension in extensions:
-        builder = builder.add_extension(extension, critical=False)
+        builder = builder.add_extension(extension, critical=critical)
     return Issued(key=key, certificate=builder.sign(issuer_key, _hash(issuer_key.curve)))
 
 
