@@ -257,7 +257,7 @@ class GraphExecutor:
 
     def _start(self, parts: Sequence[Part]) -> _Running:
         tokens: list[int] = []
-        carried: list[int] = []
+        carried: dict[int, int] = {}
         wanted: list[int] = []
         rows: list[Row] = []
         runs: list[tuple[KvCache, int, int]] = []
@@ -265,12 +265,11 @@ class GraphExecutor:
         for part in parts:
             count = len(part.tokens)
             tokens += part.tokens
-            carried += [-1] * count
             if part.carried is not None:
                 if not 0 <= part.carried < self._drawn:
                     raise ValueError(f"carried: expected 0..{self._drawn - 1}, got {part.carried}")
+                carried[len(tokens)] = part.carried
                 tokens.append(0)
-                carried.append(part.carried)
                 count += 1
             runs.append((part.cache, part.start, count))
             row = part.row
@@ -290,11 +289,13 @@ class GraphExecutor:
         inputs = {
             "fields": self._fields(rows, places),
             "tokens": np.array(tokens, dtype=np.int32),
-            "carried": np.array(carried, dtype=np.int32),
+            "carried": np.full(len(tokens), -1, dtype=np.int32),
             "positions": cut.positions,
             "slots": cut.slots,
         }
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._model.vocab:
+        inputs["carried"][list(carried)] = list(carried.values())
+        ids = inputs["tokens"]
+        if tokens and not 0 <= int(ids.min()) <= int(ids.max()) < self._model.vocab:
             raise ValueError(f"tokens: expected ids under {self._model.vocab}, got others")
         single = len(wanted) == len(runs) == len(tokens) and 0 < len(tokens) <= ROWS[-1]
         fits = len(cut.items) + ROWS[-1] <= ITEMS_MAX and len(cut.tables) < TABLES_MAX

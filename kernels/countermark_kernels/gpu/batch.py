@@ -127,6 +127,8 @@ def cut(runs: Iterable[tuple[KvCache, int, int]], heads: int, pool: Pool) -> Cut
 
 def split(ends: Words, kv_heads: int) -> tuple[int, Words, Words]:
     """The tokens of a split, the splits of tiles of `ends` tokens, and how many splits precede each tile."""
+    if not len(ends):
+        return CHUNK_MIN, np.empty((0, 2), dtype=np.int32), ends
     chunk = CHUNK_MAX
     while True:
         counts = (ends + chunk - 1) // chunk
