@@ -124,6 +124,8 @@ def test_the_lone_genuine_ccel_replays_to_no_genuine_quote() -> None:
         quote = vectors.tdx(name).quote[:4935] if name == "no-sept-ve" else vectors.tdx(name).quote
         registers = appraise_event_log(log, quote).registers
         assert [result.matches for result in registers[:2]] == [False, False], name
+    unused = appraise_event_log(log, vectors.tdx(DSTACK).quote).registers
+    assert (unused[2].events, unused[2].matches, unused[3].matches) == (0, False, None)
 
 
 def test_a_firmware_log_is_not_about_rtmr3_unless_it_has_events_of_it() -> None:
@@ -240,6 +242,7 @@ NAME_V2 = b'{"event":"app-id","event_type":134217729,"payload":"aabb","version":
         (event(0x80000002, variable("Boot0000", b"path")), DigestCheck.RECOMPUTED),
         (event(0x80000002, variable("Boot0000", b"path"), sha384(b"pat")), DigestCheck.DIFFERS),
         (event(0x80000002, variable("Boot0000", b"path")[:-1], sha384(b"path")), DigestCheck.DIFFERS),
+        (event(0x80000002, variable("Boot0000", b"path") + b"?", sha384(b"path")), DigestCheck.DIFFERS),
         (event(0x8000000C, variable("Boot0000", b"path")), DigestCheck.RECOMPUTED),
         (event(0x8000000C, variable("Boot0000", b"path"), sha384(b"path")), DigestCheck.DIFFERS),
         (event(0x800000E0, variable("db", b"cert")), DigestCheck.RECOMPUTED),
@@ -252,6 +255,7 @@ NAME_V2 = b'{"event":"app-id","event_type":134217729,"payload":"aabb","version":
         (event(0xD, b"grub_cmd: linux /k\0", sha384(b"linux /k")), DigestCheck.RECOMPUTED),
         (event(0xD, b"kernel_cmdline: /k ro\0", sha384(b"/k ro")), DigestCheck.RECOMPUTED),
         (event(0xD, b"grub_cmd: linux /k\0", sha384(b"linux /k\0")), DigestCheck.RECOMPUTED),
+        (event(0xD, b"a title\0", sha384(b"a title")), DigestCheck.RECOMPUTED),
         (event(0xD, b"grub_cmd: linux /k\0", sha384(b"linux /K")), DigestCheck.NAMED),
         (event(0xD, b"/boot/vmlinuz\0", sha384(b"the file")), DigestCheck.NAMED),
         (event(0xD, "ro quiet\0".encode("utf-16-le")), DigestCheck.RECOMPUTED),
@@ -499,6 +503,15 @@ def test_the_first_difference(events, register: int, position: int, kind: Differ
         assert first_difference(image, shape, logged, register=untouched) is None
 
 
+def test_a_digest_that_came_before_does_not_make_a_changed_event_an_extra_one() -> None:
+    separator = event(eventlog.EV_SEPARATOR, bytes(4), None, 2)
+    events = (*firmware_events(), separator)  # its digest stands in RTMR1 before
+    image, shape = manifest(events)
+    found = first_difference(image, shape, (*events[:-1], replace(separator, digest=bytes(48))))
+    assert found is not None
+    assert (found.register, found.position, found.kind) == (2, 5, DifferenceKind.CHANGED)
+
+
 @pytest.mark.parametrize(("at", "note"), [(16, "kernel command line"), (17, "initrd")])
 def test_a_changed_command_line_or_initrd_with_the_same_mrtd_is_named(at: int, note: str) -> None:
     image, shape = manifest(firmware_events())
@@ -517,6 +530,11 @@ def test_a_changed_command_line_or_initrd_with_the_same_mrtd_is_named(at: int, n
     assert note in str(found)
     with pytest.raises(MeasurementError) as refused:  # a log that shows the expected events explains nothing
         verify_registers(body, [image], ccel=replace(log, events=firmware_events()), **arguments)  # type: ignore[arg-type]
+    assert refused.value.code == "measurement.rtmr2"
+    assert note not in str(refused.value)
+    lying = replace(log, events=changed(at, digest=bytes(48)))  # nor does one that shows another change
+    with pytest.raises(MeasurementError) as refused:
+        verify_registers(body, [image], ccel=lying, **arguments)  # type: ignore[arg-type]
     assert refused.value.code == "measurement.rtmr2"
     assert note not in str(refused.value)
 
@@ -635,6 +653,7 @@ END = node(0x7F, 0xFF, b"")
         (event(0x800000E0, variable("MokListRT", bytes(900), SHIM)), "MokListRT (900 bytes)"),
         (event(0x80000003, image_event(DISK + FILE + END)), "Acpi/Pci(4,0)/Path(3,23)/HD(15)/\\EFI\\BOOT\\BOOTX64.EFI"),
         (event(0x80000003, image_event(b"")), "no device path"),
+        (event(0x80000003, image_event(struct.pack("<BBH", 1, 1, 3) * 9)), "no device path"),
         (event(0x80000006, gpt()), "3 partitions: esp, root-x86-64, root-x86-64-verity"),
         (event(0x8000000A, b"\5Fv(X)" + bytes(16)), "Fv(X)"),
         (event(0x8000000A, b"\xf0Fv"), "f04676"),
@@ -686,6 +705,11 @@ def test_words_are_bounded_printable_ascii_whatever_comes(kind: int, data: bytes
 def test_hostile_lengths(item: Event) -> None:
     assert len(describe(item)) <= eventlogs.MAX_WORDS
     verify_digests([item])
+
+
+def test_long_lists_are_cut() -> None:
+    assert eventlogs._image(image_event(node(2, 1, b"") * 5000)).count("Acpi") == 32
+    assert eventlogs._partitions(bytes(92) + struct.pack("<Q", 400) + bytes(128 * 400)).count(",") == 7
 
 
 def test_as_json() -> None:
