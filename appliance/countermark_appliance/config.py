@@ -37,6 +37,7 @@ class Config:
     platform_state: Path | None  # sim: the directory `countermark-appliance sim new` made
     endorsements_dir: Path | None  # tdx: where Intel's endorsements are cached
     endorsements_url: str | None  # tdx: a PCCS; None is Intel's own service
+    endorsements_ca_file: Path | None  # tdx: PEM authorities for that PCCS; None is the system's
     endorsements_gpu_dir: Path | None  # tdx: RIMs, CRLs and OCSP responses for the GPUs
     weights_dir: Path
     weights_root: bytes  # the dm-verity root hash the weights must have
@@ -53,7 +54,7 @@ class Config:
 _SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "node": {"operator": (str, ...), "listen": (str, "127.0.0.1:0")},
     "platform": {"name": (str, ...), "state": (str, None)},
-    "endorsements": {"dir": (str, None), "pccs_url": (str, None), "gpu_dir": (str, None)},
+    "endorsements": {"dir": (str, None), "pccs_url": (str, None), "ca_file": (str, None), "gpu_dir": (str, None)},
     "weights": {"dir": (str, ...), "root": (str, ...)},
     "log": {"dir": (str, ...)},
     "engine": {"threads": (int, 0), "device": (str, "cpu"), "max_sequences": (int, 16), "max_waiting": (int, 64)},
@@ -112,6 +113,7 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         platform_state=_below(base, values["state"]),
         endorsements_dir=_below(base, values["endorsements.dir"]),
         endorsements_url=values["pccs_url"],
+        endorsements_ca_file=_below(base, values["ca_file"]),
         endorsements_gpu_dir=_below(base, values["gpu_dir"]),
         weights_dir=base / values["weights.dir"],
         weights_root=bytes.fromhex(values["root"]),

@@ -92,13 +92,14 @@ def test_ipv6_address() -> None:
 
 def test_endorsements(tmp_path: Path) -> None:
     url = "https://localhost:8081/sgx/certification/v4/"
-    table = f'[endorsements]\ndir = "cache"\npccs_url = "{url}"\ngpu_dir = "gpu"\n'.encode()
+    table = f'[endorsements]\ndir = "cache"\npccs_url = "{url}"\nca_file = "ca.pem"\ngpu_dir = "gpu"\n'.encode()
     config = parse_config(GOOD.replace(b'"sim"\n', b'"tdx"\n', 1) + table, base=tmp_path)
     assert (config.platform, config.endorsements_dir, config.endorsements_gpu_dir) == (
         "tdx",
         tmp_path / "cache",
         tmp_path / "gpu",
     )
-    assert config.endorsements_url == url
+    assert (config.endorsements_url, config.endorsements_ca_file) == (url, tmp_path / "ca.pem")
     config = parse_config(GOOD, base=tmp_path)
     assert (config.endorsements_dir, config.endorsements_url, config.endorsements_gpu_dir) == (None, None, None)
+    assert config.endorsements_ca_file is None

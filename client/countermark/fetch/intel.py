@@ -24,15 +24,17 @@ from cryptography.x509.oid import NameOID
 
 from countermark import x509chain
 from countermark.errors import FormatError, UsageError
+from countermark.fetch import Validity
 from countermark.fetch.https import Response, Service, request
 from countermark.formats import strict_json
 from countermark.formats.quote import parse_quote
-from countermark.policy import DAY_S, Policy, Profile
+from countermark.policy import DAY_S, INTEL_SGX_ROOT, Policy, Profile
 from countermark.policy.value import MAX_VALIDITY_DAYS
 from countermark.tdx.endorsements import Endorsements, parse_endorsements, verify_endorsements
 
 PCS_URL: Final = "https://api.trustedservices.intel.com"
 ROOT_CRL_URL: Final = "https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"
+ROOT: Final = INTEL_SGX_ROOT  # SHA-256
 _MAX_JSON: Final = 512 * 1024
 _MAX_CRL: Final = 512 * 1024
 _SGX: Final = "/sgx/certification/v4"
@@ -137,19 +139,7 @@ def fetch_collateral_for(wanted: Wanted, source: Source) -> bytes:
     return data
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validity:
-    """When a set of endorsements holds, and how new each part is: `ages` of a newer set are at least those of an older.
-
-    `issued` is the latest of the parts' dates, `until` the earliest.
-    """
-
-    issued: int
-    until: int
-    ages: tuple[int, ...]
-
-
-def verify_collateral(data: bytes, *, root: bytes, now: int) -> Validity:
+def verify_collateral(data: bytes, *, now: int, root: bytes = ROOT) -> Validity:
     """Judge endorsements as step 2 of an appraisal does, for whoever stores them; a policy's age and number aside.
 
     `root`: SHA-256 of the root certificate. Raises `FormatError` and `TcbError` `endorsements.*`.
