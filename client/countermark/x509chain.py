@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -87,6 +88,7 @@ def parse_der_chain(items: Sequence[bytes], what: str) -> tuple[x509.Certificate
         raise FormatError(f"{what}: expected X.509 certificates: {err}", code=code) from err
 
 
+@lru_cache(maxsize=256)  # the same certificates come with every connection, and several times in one
 def _load_certificate(der: bytes) -> x509.Certificate:
     # cryptography reads most fields only when asked, and raises then: ask for all that is used later.
     found = x509.load_der_x509_certificate(der)
@@ -167,9 +169,14 @@ def _verify_issuer(issuer: x509.Certificate, below: int) -> None:
 def verify_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> None:
     """Raises `ChainError` `signature` unless `issuer` is the certificate's issuer by name and signature."""
     try:
-        certificate.verify_directly_issued_by(issuer)
+        _verify_issued(certificate, issuer)
     except (*_UNREADABLE, InvalidSignature) as err:
         raise ChainError("signature", f"{name(certificate)}: expected to be issued by {name(issuer)}") from err
+
+
+@lru_cache(maxsize=256)  # a fact about the bytes of both, whatever the time; a refusal is not remembered
+def _verify_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> None:
+    certificate.verify_directly_issued_by(issuer)
 
 
 def verify_time(certificate: x509.Certificate, now: int) -> None:
