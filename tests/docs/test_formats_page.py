@@ -37,7 +37,10 @@ APPLIANCE = ROOT / "appliance" / "countermark_appliance"
 CODE = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
 # A code that is put together at run time: its expression in the source, and every code that can come of it.
-CHAIN = ("root", "short", "ca", "chain_signature", "not_yet_valid", "expired", "crl_issuer", "crl_signature")
+CHAIN = (
+    *("root", "short", "ca", "extension", "chain_signature", "not_yet_valid", "expired"),
+    *("crl_issuer", "crl_signature", "crl_extension"),
+)
 SETTINGS = (
     *("temperature", "top_k", "top_p_20bit", "min_p_20bit", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "seed", "logit_bias", "max_tokens", "stop", "ignore_eos", "logprobs", "model"),
@@ -49,11 +52,20 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "replay.{at.part.value}": tuple(f"replay.{part.value}" for part in Part),
     "endorsements.{code}": tuple(f"endorsements.{reason}" for reason in CHAIN),
+    "tcb.{name}": ("tcb.fmspc", "tcb.pce_id"),
+    "tcb.{code}": ("tcb.unknown_status", "tcb.qe_identity", "tcb.module", "tcb.no_level"),
     "quote.{code}": tuple(f"quote.{reason}" for reason in CHAIN),
     "gpu.{code}": (
         *(f"gpu.{reason}" for reason in CHAIN),
         *("gpu.missing", "gpu.count", "gpu.digest", "gpu.freshness", "gpu.duplicate", "gpu.device_key", "gpu.mode"),
-        *("gpu.devtools", "gpu.crl_stranger", "gpu.revoked"),
+        *("gpu.devtools", "gpu.crl", "gpu.crl_stranger", "gpu.revoked", "gpu.nonce", "gpu.field", "gpu.signature"),
+        *("gpu.fwid", "gpu.fwid_missing", "gpu.rim_signature", "gpu.rim_version", "gpu.rim_conflict"),
+        *("gpu.measurement", "gpu.ocsp_stranger", "gpu.ocsp_responder", "gpu.ocsp_signature", "gpu.ocsp_unknown"),
+        *("gpu.ocsp_not_yet_valid", "gpu.ocsp_expired", "gpu.rim_root", "gpu.rim_chain", "gpu.rim_not_yet_valid"),
+        "gpu.rim_expired",
+    ),
+    "{_WHAT}.{code}": tuple(
+        f"nvidia_evidence.{code}" for code in ("form", "field", "count", "arch", "version", "too_long")
     ),
     "policy.{code}": ("policy.root", "policy.validity", "policy.value", "policy.contradiction", "policy.image"),
     "measurement.{name}": tuple(
@@ -80,9 +92,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "{what}.field": tuple(
         f"{what}.field" for what in ("evidence", "claims", "leaf", "salts", "accepted", "answer", "receipt")
     ),
-    "{what}.too_long": ("manifest.too_long", "eventlog.too_long", "endorsements.too_long"),
-    "{what}.json": ("manifest.json", "eventlog.json", "endorsements.json"),
-    "{what}.pem": ("quote.pem", "endorsements.pem"),
+    "{what}.too_long": ("manifest.too_long", "eventlog.too_long", "endorsements.too_long", "nvidia_evidence.too_long"),
+    "{what}.json": ("manifest.json", "eventlog.json", "endorsements.json", "nvidia_evidence.json"),
+    "{what}.pem": ("quote.pem", "endorsements.pem", "nvidia_evidence.pem"),
     "{what}.chain": ("quote.chain", "endorsements.chain", "gpu.chain"),
     "{what}.crl": ("endorsements.crl", "gpu.crl"),
     "{self.what}.truncated": ("quote.truncated", "eventlog.truncated", "spdm.truncated"),
@@ -456,7 +468,7 @@ def test_caps() -> None:
 
 
 def test_every_numbered_step_has_a_row() -> None:
-    made = set(appraise._STEPS)
+    made = set(appraise.STEPS)
     for name in ("receipt.py", "verify.py"):
         for node in ast.walk(CLIENT_SOURCES[CLIENT / name]):
             if (
