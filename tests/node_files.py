@@ -46,6 +46,7 @@ def write_node(directory: Path, weights: Path) -> Policy:
             now=now,
             simulated_tdx_root=hashlib.sha256(state.root_der).digest(),
             simulated_gpu_root=hashlib.sha256(state.gpu_root_der).digest(),
+            simulated_rim_root=hashlib.sha256(state.rim_root_der).digest(),
         ),
         state.manifest,
         now=now,

@@ -200,8 +200,14 @@ def start(directory: Path, code: Path, *, measured_profile: str = CURRENT, **cha
         evidence_digest=bytes(32),
         stack=replace(stack(platform.image_id), **{"profile": measured_profile, **changes}),  # type: ignore[arg-type]
     )
-    digests = [hashlib.sha256(der).digest() for der in (state.root_der, state.gpu_root_der)]
-    policy = new_policy(Profile.TEST, now=NOW, simulated_tdx_root=digests[0], simulated_gpu_root=digests[1])
+    digests = [hashlib.sha256(der).digest() for der in (state.root_der, state.gpu_root_der, state.rim_root_der)]
+    policy = new_policy(
+        Profile.TEST,
+        now=NOW,
+        simulated_tdx_root=digests[0],
+        simulated_gpu_root=digests[1],
+        simulated_rim_root=digests[2],
+    )
     policy = pin(policy, state.manifest, now=NOW, signers=state.signer_digests, weights_roots=[WEIGHTS_ROOT])
     return Machine(recorder, keyring, attester, policy, state.manifest)
 

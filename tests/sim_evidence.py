@@ -67,6 +67,7 @@ def policy_for(state: State, **changes: Any) -> Policy:
         now=NOW,
         simulated_tdx_root=sha256(state.root_der),
         simulated_gpu_root=sha256(state.gpu_root_der),
+        simulated_rim_root=sha256(state.rim_root_der),
     )
     policy = pin(policy, state.manifest, now=NOW, signers=state.signer_digests, weights_roots=[WEIGHTS])
     return replace(policy, **{"gpu_count": max(1, len(state.gpus)), **changes})

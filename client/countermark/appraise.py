@@ -318,9 +318,11 @@ def appraise(
         detail.append(f"boot {claims.boot_id.hex()[:16]}; {len(keys)} keys as measured")
 
     with steps.step("8") as detail:
-        gpus = appraise_gpus(gpu_evidence, claims, boot.gpus, policy, now=now)
-        detail += [f"{gpu.name}, driver {gpu.driver_version}" for gpu in gpus]
-        detail.append(f"mode {policy.gpu_mode}; SIMULATED GPU, measurements not judged")
+        appraised = appraise_gpus(gpu_evidence, claims, boot.gpus, policy, now=now)
+        gpus = appraised.gpus
+        for gpu, comparisons in zip(gpus, appraised.comparisons, strict=True):
+            detail.append(f"{gpu.name}: {', '.join(map(str, comparisons))}")
+        detail.append(f"mode {policy.gpu_mode}; {appraised.revocation}")
 
     if policy.any_hardware:
         steps.skip("9", f"the policy accepts any machine; this is PPID {platform.ppid.hex()}")

@@ -100,7 +100,7 @@ def run_demo(
     root = _weights(directory / "weights")
     say("measurements: a simulated machine publishes them before it boots (its root is made anew each run)")
     machine = _appliance("sim", "new", str(directory / "sim"))
-    say("policy: pin those measurements, these weights and the simulated root; nothing else is accepted")
+    say("policy: pin those measurements, these weights and the simulated roots; nothing else is accepted")
     manifest = read_file(directory / "sim" / "manifest.json")
     policy = policies.pin(
         policies.new_policy(
@@ -108,6 +108,7 @@ def run_demo(
             now=int(time.time()),
             simulated_tdx_root=bytes.fromhex(machine["tdx_root"]),
             simulated_gpu_root=bytes.fromhex(machine["gpu_root"]),
+            simulated_rim_root=bytes.fromhex(machine["rim_root"]),
         ),
         manifest,
         now=int(time.time()),

@@ -53,7 +53,7 @@ def test_unknown_policy_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_policy_new_show_pin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert appliance_cli.main(["sim", "new", str(tmp_path / "sim")]) == 0
     machine = json.loads(capsys.readouterr().out)
-    roots = ["--simulated-tdx-root", machine["tdx_root"], "--simulated-gpu-root", machine["gpu_root"]]
+    roots = [part for name in ("tdx", "gpu", "rim") for part in (f"--simulated-{name}-root", machine[f"{name}_root"])]
     assert main(["policy", "new", *roots]) == 1  # production takes no simulated root
     assert "policy.root" in capsys.readouterr().err
     assert main(["policy", "new", "--profile", "test", *roots]) == 0

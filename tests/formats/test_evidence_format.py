@@ -31,7 +31,7 @@ VALUE = Evidence(
     gpu=(GpuEvidence(report=b"report", certs=(b"leaf", b"root")),),
     claims=b"claims",
     keys=KEYS,
-    endorsements=Endorsements(tdx=b"{}", gpu_rims=(b"<rim/>",), gpu_crls=(b"crl",)),
+    endorsements=Endorsements(tdx=b"{}", gpu_rims=(b"<rim/>",), gpu_crls=(b"crl",), gpu_ocsp=(b"ocsp",)),
 )
 DATA = encode_evidence(VALUE)
 
@@ -67,9 +67,18 @@ def test_gpu_digest_covers_every_report_and_certificate():
         ({"gpu": [{"report": b"", "certs": []}] * 17}, "evidence.too_many"),
         ({"keys": []}, "keys.roles"),
         ({"endorsements": {"tdx": b""}}, "evidence.field"),
-        ({"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": [bytes(1 << 19)]}}}, "evidence.too_long"),
-        ({"endorsements": {"tdx": b"", "gpu": {"rims": [b""] * 33, "crls": []}}}, "evidence.too_many"),
-        ({"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": [], "ocsp": []}}}, "evidence.field"),
+        (
+            {"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": [bytes(1 << 19)], "ocsp": []}}},
+            "evidence.too_long",
+        ),
+        (
+            {"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": [], "ocsp": [bytes(1 << 15)]}}},
+            "evidence.too_long",
+        ),
+        ({"endorsements": {"tdx": b"", "gpu": {"rims": [b""] * 33, "crls": [], "ocsp": []}}}, "evidence.too_many"),
+        ({"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": [b""] * 17, "ocsp": []}}}, "evidence.too_many"),
+        ({"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": [], "ocsp": [b""] * 129}}}, "evidence.too_many"),
+        ({"endorsements": {"tdx": b"", "gpu": {"rims": [], "crls": []}}}, "evidence.field"),
         ({"more": 1}, "evidence.field"),
     ],
 )

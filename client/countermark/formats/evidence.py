@@ -1,7 +1,7 @@
 """Evidence: everything the appliance hands over, in one deterministic CBOR map.
 
     {v, platform, quote, ccel, rtmr3_log, gpu: [{report, certs}], claims, keys: [[role, COSE_Key]],
-     endorsements: {tdx, gpu: {rims, crls}}}
+     endorsements: {tdx, gpu: {rims, crls, ocsp}}}
 
 RFC 9334 words: quote, logs, GPU reports and claims are evidence; the endorsements are vendor-signed and travel along
 so that a verifier can work offline. `endorsements.tdx` is the JSON of dcap-qvl's QuoteCollateralV3. The passport
@@ -33,6 +33,8 @@ MAX_PASSPORT_BYTES = 72 * 1024
 MAX_GPUS = 16
 MAX_CERTS = 8
 MAX_RIMS = 2 * MAX_GPUS
+MAX_CRLS = 16
+MAX_OCSP = 8 * MAX_GPUS
 _MAX_BYTES = {
     "quote": 64 * 1024,
     "ccel": 1024 * 1024,
@@ -43,6 +45,7 @@ _MAX_BYTES = {
     "tdx": 1024 * 1024,
     "rim": 256 * 1024,
     "crl": 256 * 1024,
+    "ocsp": 16 * 1024,
 }
 
 
@@ -69,11 +72,12 @@ class GpuEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endorsements:
-    """Vendor-signed statements. `tdx`: QuoteCollateralV3 as JSON. `rims`: signed SWID tags (XML). `crls`: DER."""
+    """Vendor-signed: `tdx` is QuoteCollateralV3 as JSON, RIMs are signed SWID tags (XML), the rest DER."""
 
     tdx: bytes
     gpu_rims: tuple[bytes, ...] = ()
     gpu_crls: tuple[bytes, ...] = ()
+    gpu_ocsp: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +116,11 @@ def encode_evidence(evidence: Evidence) -> bytes:
             "keys": report_data.keys_value(evidence.keys),
             "endorsements": {
                 "tdx": evidence.endorsements.tdx,
-                "gpu": {"rims": list(evidence.endorsements.gpu_rims), "crls": list(evidence.endorsements.gpu_crls)},
+                "gpu": {
+                    "rims": list(evidence.endorsements.gpu_rims),
+                    "crls": list(evidence.endorsements.gpu_crls),
+                    "ocsp": list(evidence.endorsements.gpu_ocsp),
+                },
             },
         }
     )
@@ -140,7 +148,7 @@ def parse_evidence(data: bytes) -> Evidence:
     except ValueError as err:
         raise FormatError("evidence.platform: expected sim, tdx or vtpm", code="evidence.platform") from err
     endorsements = cbor.fields(value["endorsements"], "evidence", tdx=bytes, gpu=dict)
-    gpu_endorsements = cbor.fields(endorsements["gpu"], "evidence", rims=list, crls=list)
+    gpu_endorsements = cbor.fields(endorsements["gpu"], "evidence", rims=list, crls=list, ocsp=list)
     return Evidence(
         platform=platform,
         quote=_blob(value["quote"], "quote"),
@@ -152,7 +160,8 @@ def parse_evidence(data: bytes) -> Evidence:
         endorsements=Endorsements(
             tdx=_blob(endorsements["tdx"], "tdx"),
             gpu_rims=tuple(_blob(item, "rim") for item in _list(gpu_endorsements["rims"], "rims", MAX_RIMS)),
-            gpu_crls=tuple(_blob(item, "crl") for item in _list(gpu_endorsements["crls"], "crls", MAX_CERTS)),
+            gpu_crls=tuple(_blob(item, "crl") for item in _list(gpu_endorsements["crls"], "crls", MAX_CRLS)),
+            gpu_ocsp=tuple(_blob(item, "ocsp") for item in _list(gpu_endorsements["ocsp"], "ocsp", MAX_OCSP)),
         ),
     )
 

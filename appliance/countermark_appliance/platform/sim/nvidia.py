@@ -1,21 +1,25 @@
-"""The simulated GPU vendor and its H100s: P-384 chain, SPDM reports, CRLs.
+"""The simulated GPU vendor and its H100s: P-384 chain, SPDM reports, CRLs, OCSP responses.
 
 The chain has the five levels of a genuine H100 (device, boot ROM, provisioner, family, root); the device certificate
 carries the firmware identifier in the TCG DICE extension 2.23.133.5.4.1, in the form genuine ones have: SEQUENCE {1,
-SubjectPublicKeyInfo of the boot ROM, SEQUENCE {sha384, digest}}. Reports are those of
-`formats.spdm`; reference values are in `rim`. Serial, board and version strings spell SIMULATED.
+SubjectPublicKeyInfo of the boot ROM, SEQUENCE {sha384, digest}}. Revocation: CRLs for the device chain, OCSP by a
+delegated responder for the RIM signer. Reports are those of `formats.spdm`; reference values are in `rim`. Serial,
+board and version strings spell SIMULATED.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509 import ocsp
 
 from countermark.formats import spdm
 from countermark.formats.spdm import Measurement, Opaque, OpaqueType, Report
@@ -30,6 +34,8 @@ MEASUREMENTS = 64
 DRIVER_INDEXES = (8, 22, 23, 26)  # report indexes the driver RIM speaks of; the VBIOS RIM has the other active ones
 VBIOS_INDEXES = (1, 2, 3, 4, 5, 6, 7, 10, 12)
 _FWID_OID = "2.23.133.5.4.1"
+_EXTENDED_KEY_USAGE_OID = "2.5.29.37"
+_OCSP_SIGNING_OID = "1.3.6.1.5.5.7.3.9"
 _SHA384_OID = "2.16.840.1.101.3.4.2.2"
 _DMTF_SAN_OID = "1.3.6.1.4.1.412.274.1"
 _CRL_URL = "http://simulated.invalid/gpu.crl"
@@ -45,6 +51,7 @@ class GpuVendor:
     provisioner: Issued
     rim_root: Issued
     rim_signer: Issued
+    rim_responder: Issued  # answers OCSP requests about RIM signers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +87,14 @@ def make_gpu_vendor(*, now: int) -> GpuVendor:
         provisioner=_issue("GH100 Provisioner ICA 1", family, now),
         rim_root=rim_root,
         rim_signer=_issue("RIM GH100 Signing", rim_root, now, ca=False),
+        rim_responder=make_responder(rim_root, now=now),
     )
+
+
+def make_responder(issuer: Issued, *, now: int, purpose: str = _OCSP_SIGNING_OID) -> Issued:
+    """A key and certificate with which others answer OCSP requests for `issuer`; another `purpose` is for refusals."""
+    usage = x509.UnrecognizedExtension(x509.ObjectIdentifier(_EXTENDED_KEY_USAGE_OID), der.sequence(der.oid(purpose)))
+    return _issue("OCSP Responder", issuer, now, ca=False, extensions=(usage,))
 
 
 def make_gpu(vendor: GpuVendor, *, now: int) -> Gpu:
@@ -124,6 +138,42 @@ def crls(vendor: GpuVendor, *, now: int, revoked: Sequence[x509.Certificate] = (
     return tuple(
         issue_crl(item, this_update=now - 3600, next_update=now + _LIFETIME_S, revoked=revoked) for item in issuers
     )
+
+
+def ocsp_response(
+    subject: x509.Certificate,
+    issuer: Issued,
+    responder: Issued,
+    *,
+    now: int,
+    status: ocsp.OCSPCertStatus = ocsp.OCSPCertStatus.GOOD,
+    reason: x509.ReasonFlags | None = None,
+    algorithm: hashes.HashAlgorithm | None = None,
+) -> bytes:
+    """A DER OCSP response about `subject`, signed by `responder`, current from an hour ago for 30 days."""
+    start = datetime.datetime.fromtimestamp(now - 3600, datetime.UTC)
+    builder = (
+        ocsp.OCSPResponseBuilder()
+        .add_response(
+            cert=subject,
+            issuer=issuer.certificate,
+            algorithm=algorithm or hashes.SHA384(),
+            cert_status=status,
+            this_update=start,
+            next_update=start + datetime.timedelta(seconds=_LIFETIME_S),
+            revocation_time=start if status is ocsp.OCSPCertStatus.REVOKED else None,
+            revocation_reason=reason,
+        )
+        .responder_id(ocsp.OCSPResponderEncoding.HASH, responder.certificate)
+    )
+    if responder is not issuer:
+        builder = builder.certificates([responder.certificate])
+    return builder.sign(responder.key, hashes.SHA384()).public_bytes(Encoding.DER)
+
+
+def ocsp_responses(vendor: GpuVendor, *, now: int) -> tuple[bytes, ...]:
+    """What the responder says about the RIM signer."""
+    return (ocsp_response(vendor.rim_signer.certificate, vendor.rim_root, vendor.rim_responder, now=now),)
 
 
 def _opaque(protected_pcie: bool, fwid: bytes) -> tuple[Opaque, ...]:

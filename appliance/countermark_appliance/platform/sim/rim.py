@@ -74,6 +74,11 @@ def make_rim(vendor: GpuVendor, version: str, active: Collection[int]) -> bytes:
         resource.set(f"{{{_SHA384}}}Hash0", (measured(index + 1) if is_active else bytes(48)).hex())
         resource.set("name", f"Measurement_{index}")
         resource.set("size", "48")
+    return sign_tag(vendor, tag)
+
+
+def sign_tag(vendor: GpuVendor, tag: etree._Element) -> bytes:
+    """The SWID tag with the vendor's enveloped signature."""
     signer = XMLSigner(signature_algorithm=SignatureMethod.ECDSA_SHA384, digest_algorithm=DigestAlgorithm.SHA384)
     chain = [vendor.rim_signer.certificate, vendor.rim_root.certificate]
     return etree.tostring(signer.sign(tag, key=vendor.rim_signer.key, cert=chain))

@@ -4,7 +4,7 @@
     root.der          the simulated CPU vendor's root: a test policy names it by SHA-256
     gpu-root.der      the same for the GPU vendor          rim-root.der   and for its RIMs
     manifest.json     measurements of the code at `create`, signed (DSSE)
-    collateral.json   what the CPU vendor says about this machine; gpu/*.xml and gpu/*.crl: the GPU vendor
+    collateral.json   what the CPU vendor says about this machine; gpu/*.xml, *.crl, *.ocsp: the GPU vendor
     keys/*.pem        development private keys, mode 0600
 
 `create` writes a complete directory or none. Not here: per-start keys, which never touch a disk.
@@ -33,14 +33,21 @@ from countermark_appliance.platform.keyring import cose_public_key
 from countermark_appliance.platform.sim.intel import Collateral, Vendor, collateral_json, make_vendor
 from countermark_appliance.platform.sim.issue import Issued, issued_from_pem
 from countermark_appliance.platform.sim.measure import Signers, publish
-from countermark_appliance.platform.sim.nvidia import Gpu, GpuVendor, crls, make_gpu, make_gpu_vendor
+from countermark_appliance.platform.sim.nvidia import (
+    Gpu,
+    GpuVendor,
+    crls,
+    make_gpu,
+    make_gpu_vendor,
+    ocsp_responses,
+)
 from countermark_appliance.platform.sim.rim import make_rims
 
 _README = """SIMULATED. A machine for demonstrations and tests; nothing in it vouches for any hardware.
 Its keys are development keys. No production policy accepts its roots.
 """
 _CPU_KEYS = ("root", "pck_ca", "pck", "tcb_signing")
-_GPU_KEYS = ("root", "family", "provisioner", "rim_root", "rim_signer")
+_GPU_KEYS = ("root", "family", "provisioner", "rim_root", "rim_signer", "rim_responder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +100,7 @@ def make(
             tdx=collateral_json(vendor, Collateral(issued=now - 3600)),
             gpu_rims=make_rims(gpu_vendor),
             gpu_crls=crls(gpu_vendor, now=now),
+            gpu_ocsp=ocsp_responses(gpu_vendor, now=now),
         ),
         manifest=publish(signers, now=now, kind=kind, roots=roots),
     )
@@ -136,6 +144,7 @@ def load(directory: Path) -> State:
             tdx=(directory / "collateral.json").read_bytes(),
             gpu_rims=tuple(path.read_bytes() for path in sorted((directory / "gpu").glob("*.xml"))),
             gpu_crls=tuple(path.read_bytes() for path in sorted((directory / "gpu").glob("*.crl"))),
+            gpu_ocsp=tuple(path.read_bytes() for path in sorted((directory / "gpu").glob("*.ocsp"))),
         )
         manifest = (directory / "manifest.json").read_bytes()
     except OSError as err:
@@ -166,7 +175,8 @@ def _public_files(state: State) -> dict[str, bytes]:
         "collateral.json": endorsements.tdx,
     }
     files |= {f"gpu/{index:02}.xml": data for index, data in enumerate(endorsements.gpu_rims)}
-    return files | {f"gpu/{index:02}.crl": data for index, data in enumerate(endorsements.gpu_crls)}
+    files |= {f"gpu/{index:02}.crl": data for index, data in enumerate(endorsements.gpu_crls)}
+    return files | {f"gpu/{index:02}.ocsp": data for index, data in enumerate(endorsements.gpu_ocsp)}
 
 
 def _private_files(state: State) -> dict[str, bytes]:
