@@ -72,7 +72,7 @@ def host(tmp_path, monkeypatch):
 
 
 def opened(config: Config) -> tdx.TdxPlatform:
-    return tdx.open_tdx(config, endorsements=lambda _quote: Cached())
+    return tdx.open_tdx(config, endorsements=lambda _quote, _gpus: Cached())
 
 
 def started(tmp_path):
@@ -108,6 +108,16 @@ def test_the_gpus_take_no_work_before_rtmr3_names_them(host, tmp_path):
     extend_boot(platform, boot)
     assert not library.is_ready
     assert "nvmlSystemSetConfComputeGpusReadyState" not in library.calls
+
+
+def test_a_gpu_that_leaves_is_noticed(host, tmp_path):
+    _, library = host
+    platform, *_ = started(tmp_path)
+    platform.check_unchanged()
+    library.gpus.pop()
+    with pytest.raises(GpuError) as refused:
+        platform.check_unchanged()
+    assert refused.value.code == "gpu.changed"
 
 
 def test_a_verifier_takes_these_bytes_for_what_they_are(host, tmp_path):

@@ -39,7 +39,7 @@ def kernel(tmp_path) -> FakeKernel:
 
 
 def opened(kernel: FakeKernel) -> TdxPlatform:
-    return TdxPlatform(kernel, endorsements=lambda _quote: Cached(), gpus=None)
+    return TdxPlatform(kernel, endorsements=lambda _quote, _gpus: Cached(), gpus=None)
 
 
 def test_a_good_machine_opens_and_leaves_nothing_behind(kernel):
@@ -233,6 +233,7 @@ START += [
         b"roothash=" + b"a" * 65,
         b"roothash=" + b"a" * 64 + b" roothash=" + b"a" * 64,
         b'"roothash=' + b"a" * 64 + b'"',
+        b'init="x roothash=' + b"a" * 64 + b' y"',
         b"xroothash=" + b"a" * 64,
         b"\xff roothash=" + b"a" * 64,
         b"roothash=" + b"a" * 64 + b" " * 20_000,
@@ -326,6 +327,14 @@ def test_sysfs_reads_whole_and_capped(tmp_path):
     with pytest.raises(FileNotFoundError):
         sysfs.write("none", b"data")  # an attribute is never made by writing it
     assert not (tmp_path / "none").exists()
+
+
+def test_a_kernel_that_takes_a_part(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr("os.write", lambda _handle, data: len(data) - 1)
+    with pytest.raises(OSError, match="47 of 48") as failed:
+        Sysfs(tmp_path).write("file", bytes(48))
+    assert failed.value.errno == errno.EIO
 
 
 def test_every_code_has_a_row():

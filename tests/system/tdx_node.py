@@ -27,7 +27,7 @@ class Cached:
 
 def open_platform(config: Config) -> tdx.TdxPlatform:
     kernel = FakeKernel(Path(sys.argv[2]), sim_evidence.machine())
-    return tdx.open_tdx(config, endorsements=lambda _quote: Cached(), sysfs=kernel)
+    return tdx.open_tdx(config, endorsements=lambda _quote, _gpus: Cached(), sysfs=kernel)
 
 
 def secrets(keys: Keyring) -> list[bytes]:

@@ -10,6 +10,8 @@ a GPU computes in confidential mode or not at all.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 from countermark.errors import ConfigError
@@ -68,16 +70,21 @@ class EndorsementSource(Protocol):
         """What is valid now. Raises `Unavailable` when there is nothing."""
 
 
+OpenEndorsements = Callable[[bytes, tuple[GpuEvidence, ...]], EndorsementSource]
+
+
 def open_platform(config: Config) -> Platform:
     """Boot the platform that the configuration names.
 
     Raises `ConfigError`: `platform.unknown`, `platform.unavailable` (not in this build), `platform.state`, or what
-    `platform.tdx.open_tdx` and `platform.nvml_gpus.open_gpus` raise.
+    `platform.tdx.open_tdx` and `platform.endorsements.open_endorsements` raise.
     """
     match config.platform:
         case PlatformName.SIM.value:
             return _open_sim(config)
-        case PlatformName.TDX.value | PlatformName.VTPM.value:
+        case PlatformName.TDX.value:
+            return _open_tdx(config)
+        case PlatformName.VTPM.value:
             message = f"platform.name: {config.platform} is not available in this build"
             raise ConfigError(message, code="platform.unavailable")
     raise ConfigError(f"platform.name: expected sim, tdx or vtpm, got {config.platform!r}", code="platform.unknown")
@@ -92,3 +99,9 @@ def _open_sim(config: Config) -> Platform:
     from countermark_appliance.platform import sim  # noqa: PLC0415  production images carry no `sim` package
 
     return sim.boot(sim.load(config.platform_state))
+
+
+def _open_tdx(config: Config) -> Platform:
+    from countermark_appliance.platform import endorsements, tdx  # noqa: PLC0415  `tdx` imports this module
+
+    return tdx.open_tdx(config, endorsements=functools.partial(endorsements.open_endorsements, config))

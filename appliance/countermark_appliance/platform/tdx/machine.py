@@ -9,7 +9,6 @@ Not checked here: anything a verifier must judge for itself, such as the quote's
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Final
 
 from countermark.errors import MeasurementError
@@ -18,7 +17,7 @@ from countermark.formats.boot_events import GpuIdentity
 from countermark.formats.eventlog import Event, EventLog, SpecId
 from countermark.formats.evidence import Endorsements, GpuEvidence, PlatformName
 from countermark_appliance.config import Config
-from countermark_appliance.platform.base import EndorsementSource
+from countermark_appliance.platform.base import OpenEndorsements
 from countermark_appliance.platform.nvml_gpus import ConfidentialGpus, open_gpus
 from countermark_appliance.platform.tdx.ccel import read_ccel
 from countermark_appliance.platform.tdx.image import read_image_id
@@ -27,22 +26,21 @@ from countermark_appliance.platform.tdx.reports import Reports
 from countermark_appliance.platform.tdx.sysfs import Sysfs
 
 _NO_CHALLENGE: Final = bytes(64)  # no report_data of ours: that is a hash
+_NO_NONCE: Final = bytes(32)
 
 
 class TdxPlatform:
     """`platform.base.Platform` on a TDX guest. Thread-safe."""
 
-    def __init__(
-        self, sysfs: Sysfs, *, endorsements: Callable[[bytes], EndorsementSource], gpus: ConfidentialGpus | None
-    ) -> None:
-        """`endorsements`: opens their source for a quote of this machine, whose certificate names what to look for.
+    def __init__(self, sysfs: Sysfs, *, endorsements: OpenEndorsements, gpus: ConfidentialGpus | None) -> None:
+        """`endorsements`: opens their source for a quote and the GPUs' reports, which say what to look for.
         `gpus`: None where the engine computes on the CPU. Raises as `open_tdx` does."""
         self._image_id = read_image_id(sysfs)
         self._ccel = read_ccel(sysfs)
         self._rtmr3 = Rtmr3(sysfs)
         self._reports = Reports(sysfs)
-        self._endorsements = endorsements(self._reports.quote(_NO_CHALLENGE)[0])
         self._gpus = gpus
+        self._endorsements = endorsements(self._reports.quote(_NO_CHALLENGE)[0], self.gpu_evidence(_NO_NONCE))
         self._lock = threading.Lock()
         self._events: tuple[Event, ...] = ()
 
@@ -117,9 +115,7 @@ class TdxPlatform:
             self._gpus.check_unchanged()
 
 
-def open_tdx(
-    config: Config, *, endorsements: Callable[[bytes], EndorsementSource], sysfs: Sysfs | None = None
-) -> TdxPlatform:
+def open_tdx(config: Config, *, endorsements: OpenEndorsements, sysfs: Sysfs | None = None) -> TdxPlatform:
     """Open this machine, and its GPUs where `config.device` is cuda. `endorsements`: as for `TdxPlatform`.
 
     Raises `GpuError` as `open_gpus` does; `ConfigError`: `platform.image_id`, `platform.ccel_missing`,
