@@ -201,6 +201,15 @@ def test_a_report_that_does_not_come(fake, bend):
     assert refused.value.code == "gpu.report"
 
 
+@pytest.mark.parametrize("size", [0, 0x2001, 0xFFFFFFFF])
+def test_a_size_that_the_structure_cannot_have(fake, size):
+    fake.report_size = size
+    library = Nvml(lambda: fake)
+    with pytest.raises(NvmlError) as failed:
+        library.attestation_report(library.devices()[0], NONCE)
+    assert failed.value.number == pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+
+
 def test_gpus_are_not_ready_until_admitted(fake):
     gpus = opened(fake)
     assert not fake.is_ready
