@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--simulated-tdx-root", type=arguments.digest, metavar="SHA256")
     new.add_argument("--simulated-gpu-root", type=arguments.digest, metavar="SHA256")
     new.add_argument("--simulated-rim-root", type=arguments.digest, metavar="SHA256")
+    new.add_argument(
+        "--at", type=arguments.moment, metavar="TIME", help="as of that time (default: now), for old evidence"
+    )
     show = _command(policy, "show", _policy_show, "check a policy file and print it with every default")
     show.add_argument("policy", type=Path)
     pin = _command(policy, "pin", _policy_pin, "accept the image of a signed measurement manifest")
@@ -316,7 +319,7 @@ def _replay_many(args: argparse.Namespace) -> CountermarkError | None:
 def _policy_new(args: argparse.Namespace) -> None:
     policy = policies.new_policy(
         Profile(args.profile),
-        now=int(time.time()),
+        now=int(time.time()) if args.at is None else args.at,
         simulated_tdx_root=args.simulated_tdx_root,
         simulated_gpu_root=args.simulated_gpu_root,
         simulated_rim_root=args.simulated_rim_root,

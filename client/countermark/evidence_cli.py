@@ -13,7 +13,14 @@ from countermark import arguments, terminal, x509chain
 from countermark.appraise import TimeBasis
 from countermark.errors import CountermarkError, FormatError, UsageError
 from countermark.files import read_file
-from countermark.genuine import FileAppraisal, appraise_tdx_files
+from countermark.genuine import (
+    FileAppraisal,
+    GpuFiles,
+    appraise_event_log_files,
+    appraise_gpu_bundle,
+    appraise_gpu_files,
+    appraise_tdx_files,
+)
 from countermark.policy import Policy, Profile, load_policy, new_policy
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -30,6 +37,20 @@ def add_commands(commands: Any, command: Command) -> None:
     tdx.add_argument("--root-ca", type=Path, metavar="DER", help="root certificate (default: Intel's SGX root)")
     _common(tdx)
 
+    log = command(kinds, "eventlog", _eventlog, "replay an event log to the registers of a TDX quote", json_=True)
+    log.add_argument("log", type=Path, metavar="LOG", help="CCEL (binary) or a JSON event list")
+    log.add_argument("--quote", type=Path, required=True, metavar="QUOTE", help="binary or hex text")
+
+    gpu = command(kinds, "gpu", _gpu, "appraise reports of NVIDIA GPUs", json_=True)
+    what = gpu.add_mutually_exclusive_group(required=True)
+    what.add_argument("--report", type=Path, metavar="R", help="one SPDM report, binary or hex text")
+    what.add_argument("--bundle", type=Path, metavar="JSON", help="NVIDIA's serialised evidence of one or more GPUs")
+    gpu.add_argument("--certs", type=Path, metavar="CHAIN", help="certificates of --report, device first (PEM or DER)")
+    gpu.add_argument("--nonce", type=arguments.nonce, metavar="HEX", help="what was asked; needed with --report")
+    for name, text in (("rim", "signed RIMs"), ("crl", "CRLs (DER)"), ("ocsp", "OCSP responses (DER)")):
+        gpu.add_argument(f"--{name}", type=Path, nargs="+", action="extend", default=[], metavar="F", help=text)
+    _common(gpu)
+
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, help="default: the strict one of `policy new` at that time")
@@ -45,6 +66,30 @@ def _tdx(args: argparse.Namespace) -> CountermarkError | None:
     if args.root_ca is not None:
         policy = _with_root(args.root_ca, policy, named=args.policy is not None, now=now)
     return _show(args, appraise_tdx_files(quote, collateral, policy, now=now, basis=basis))
+
+
+def _eventlog(args: argparse.Namespace) -> CountermarkError | None:
+    log, quote = read_file(args.log), read_file(args.quote)
+    return _show(args, appraise_event_log_files(log, quote, now=int(time.time())))
+
+
+def _gpu(args: argparse.Namespace) -> CountermarkError | None:
+    now, basis = _time(args)
+    policy = _policy(args, now)
+    files = GpuFiles(
+        rims=tuple(map(read_file, args.rim)),
+        crls=tuple(map(read_file, args.crl)),
+        ocsp=tuple(map(read_file, args.ocsp)),
+    )
+    if args.bundle is not None:
+        if args.certs is not None:
+            raise UsageError("--certs: expected none, because --bundle holds them", code="usage.gpu")
+        data = read_file(args.bundle)
+        return _show(args, appraise_gpu_bundle(data, args.nonce, policy, now=now, basis=basis, files=files))
+    if args.certs is None or args.nonce is None:
+        raise UsageError("--report: expected --certs and --nonce with it", code="usage.gpu")
+    report, certs = read_file(args.report), read_file(args.certs)
+    return _show(args, appraise_gpu_files(report, certs, args.nonce, policy, now=now, basis=basis, files=files))
 
 
 def _time(args: argparse.Namespace) -> tuple[int, TimeBasis]:
@@ -77,5 +122,7 @@ def _show(args: argparse.Namespace, result: FileAppraisal) -> CountermarkError |
         terminal.show_simulated()
     terminal.show_checks(result.checks)
     terminal.note(f"time: {result.time_basis.value}")
+    if result.code.endswith("expired") and result.time_basis is TimeBasis.NOW:
+        terminal.note("to judge old files as of a time at which they were valid: --at TIME")
     print(json.dumps(result.as_json()) if args.json else terminal.printable(str(result)))
     return result.failure

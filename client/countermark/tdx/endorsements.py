@@ -171,16 +171,14 @@ def verify_endorsements(endorsements: Endorsements, policy: Policy, *, now: int)
             message = f"{what}: next update {rfc3339(until)}, time is {rfc3339(now)}"
             raise TcbError(message, code="endorsements.expired", step="2")
         if now - issued > policy.endorsement_max_age_days * DAY_S:
-            message = (
-                f"{what}: expected at most {policy.endorsement_max_age_days} days old, got {(now - issued) / DAY_S:.1f}"
-            )
+            most = f"{policy.endorsement_max_age_days} days old (the policy's max_age_days in [endorsements])"
+            message = f"{what}: expected at most {most}, got {(now - issued) / DAY_S:.1f}"
             raise TcbError(message, code="endorsements.too_old", step="2")
     for what, item in signed.items():
         if item.evaluation_data_number < policy.min_tcb_evaluation_data_number:
-            message = (
-                f"{what}.tcbEvaluationDataNumber: expected at least {policy.min_tcb_evaluation_data_number}, "
-                f"got {item.evaluation_data_number}"
-            )
+            least = f"{policy.min_tcb_evaluation_data_number} (the policy's key of that name in [endorsements])"
+            got = item.evaluation_data_number
+            message = f"{what}, min_tcb_evaluation_data_number: expected at least {least}, got {got}"
             raise TcbError(message, code="endorsements.rolled_back", step="2")
     number = min(item.evaluation_data_number for item in signed.values())
     age_days = max(now - item.issue_date for item in signed.values()) / DAY_S

@@ -179,9 +179,13 @@ def _verify_status(rating: Rating, policy: Policy, now: int) -> None:
     statuses = {item.name for item in policy.accepted_statuses if now <= item.until}
     if rating.status != UP_TO_DATE and rating.status not in statuses:
         accepted = ", ".join((UP_TO_DATE, *sorted(statuses)))
-        raise TcbError(f"tcb status: expected {accepted}, got {rating.status}", code="tcb.status", step="3")
+        why = f" ({', '.join(rating.advisories)})" if rating.advisories else ""
+        message = f"tcb status: expected {accepted} as in [tdx.accept_status] of the policy, got {rating.status}{why}"
+        raise TcbError(message, code="tcb.status", step="3")
     advisories = {item.name for item in policy.accepted_advisories if now <= item.until}
     open_ids = sorted(set(rating.advisories) - advisories)
     if open_ids:
-        message = f"tcb advisories: expected none but {sorted(advisories)}, got {open_ids}"
+        known = ", ".join(sorted(advisories)) or "none"
+        got = ", ".join(open_ids)
+        message = f"tcb advisories: expected only {known} as in [tdx.accept_advisory] of the policy, got {got}"
         raise TcbError(message, code="tcb.advisory", step="3")
