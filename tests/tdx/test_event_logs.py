@@ -730,6 +730,24 @@ def test_as_json() -> None:
     }
 
 
+def test_mutated_genuine_logs_are_appraised_or_refused_as_malformed() -> None:
+    chance, quote = random.Random(38), vectors.tdx(DSTACK).quote
+    seeds = (ccel(firmware_events()), vectors.dstack_report()["event_log"].encode())
+    refused = 0
+    for turn in range(2000):
+        data = bytearray(seeds[turn % 2])
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(2400)] = chance.randrange(256)
+        try:
+            found = appraise_event_log(bytes(data), quote if turn % 20 < 2 else None)
+        except FormatError as err:
+            assert err.code.startswith("eventlog.")
+            refused += 1
+        else:
+            assert all(line.description.isascii() and len(line.description) <= 160 for line in found.events)
+    assert 200 < refused < 1800
+
+
 def test_malformed_input_is_a_format_error() -> None:
     for log, quote in ((b"", None), (b"{}", None), (vectors.read("ccel/dstack/ccel.bin"), b"not a quote")):
         with pytest.raises(FormatError):
