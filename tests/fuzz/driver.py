@@ -82,6 +82,11 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
@@ -114,17 +119,41 @@ def main() -> None:
     report = {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
-        "machine": platform.machine(),
+        "cpu": _cpu(),
         "seed": args.seed,
         "targets": run(
             args.targets or list(TARGETS), inputs=args.inputs, seed=args.seed, jobs=args.jobs, slow_s=args.seconds
         ),
     }
-    text = json.dumps(report, indent=1) + "\n"
+    text = table(report) if args.out and args.out.suffix == ".txt" else json.dumps(report, indent=1) + "\n"
     if args.out:
         args.out.write_text(text)
     else:
         sys.stdout.write(text)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people: a line a target."""
+    machine = f"{report['cpu']}, Python {report['python']}, {report['date']}, seed {report['seed']}"
+    heads = ("parser", "inputs", "accepted", "codes", "inputs/s", "slowest ms", "memory MiB")
+    rows = [
+        (
+            item["target"],
+            f"{item['inputs']:,}",
+            f"{item['accepted']:,}",
+            str(len(item["refused"])),
+            f"{item['inputs_per_s']:,}",
+            f"{item['slowest_ms']:.2f}",
+            f"{item['memory_grown_mib']:.1f}",
+        )
+        for item in report["targets"]
+    ]
+    lines = [f"{row[0]:<20}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in (heads, *rows)]
+    what = (
+        "Mutated inputs to every parser of bytes from outside (tests/fuzz/driver.py): each was accepted or refused by"
+    )
+    limits = f"a typed error, within {LIMIT_S:.0f} s and {GROWTH_BYTES >> 20} MiB."
+    return "\n".join((what, limits, machine, "", *lines)) + "\n"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ missing here fails `test_fuzz.py`, which collects them from the sources.
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import tempfile
@@ -15,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 import vectors
 from countermark import asked, bundle, x509chain
@@ -23,25 +26,31 @@ from countermark.formats import (
     boot_events,
     cbor,
     cose_key,
+    dice,
     eventlog,
     evidence,
     manifest,
+    nvidia_evidence,
     quote,
     receipt,
     records,
     report_data,
     spdm,
 )
+from countermark.gpu.report import DICE_FWID
+from countermark.gpu.revocation import parse_ocsp
+from countermark.gpu.rim import parse_rim
 from countermark.policy import encode_policy, parse_policy
 from countermark.tdx.endorsements import parse_endorsements
 from countermark.tlog import checkpoint, tiles
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.config import parse_config
+from countermark_appliance.platform.sim import nvidia
 from countermark_appliance.platform.sim.machine import TdLaunch
 from fuzz import mutator
 from one_answer import REQUEST, World, make_world
-from sim_evidence import Scene, machine, policy_for
+from sim_evidence import NOW, Scene, machine, policy_for
 
 Mutate = Callable[[random.Random, bytes, bytes], bytes]
 
@@ -97,6 +106,38 @@ def crls() -> list[bytes]:
     return [bytes.fromhex(item[name]) for item in (members, *genuine_members) for name in ("root_ca_crl", "pck_crl")]
 
 
+def gpu_bundles() -> list[bytes]:
+    pem = b"".join(cert.encode() for cert in _pem(scene().gpu[0].certs))
+    item = {
+        "arch": "HOPPER",
+        "nonce": "ab" * 32,
+        "evidence": base64.b64encode(scene().gpu[0].report).decode(),
+        "certificate": base64.b64encode(pem).decode(),
+    }
+    wrapped = {
+        "__cmwc_t": "tag:nvidia.com,2026:verifier-input/v1",
+        "gpu-0": {
+            "__cmwc_t": "tag:nvidia.com,2026:evidence-item/v1",
+            "evidence": ["application/vnd.nvidia.spdm-measurement-transcript", item["evidence"]],
+            "certificate": ["application/vnd.nvidia.pem-cert-chain", item["certificate"]],
+        },
+    }
+    shapes = ([item, item], {"evidences": [item]}, {"nonce": "ab" * 32, "evidence_list": [item]}, wrapped)
+    return [json.dumps(shape).encode() for shape in shapes]
+
+
+def _pem(certs: Sequence[bytes]) -> list[str]:
+    loaded = x509chain.parse_der_chain(certs, "gpu")
+    return [certificate.public_bytes(Encoding.PEM).decode() for certificate in loaded]
+
+
+def dice_extensions() -> list[bytes]:
+    chains = [x509chain.parse_der_chain(scene().gpu[0].certs, "gpu")]
+    chains += [x509chain.parse_pem_chain(data, "gpu") for data in genuine("nvidia/*/hopperCertChain.txt")]
+    found = [item.value for chain in chains for item in chain[0].extensions if item.oid == DICE_FWID]
+    return [value.value for value in found if isinstance(value, x509.UnrecognizedExtension)]
+
+
 def passports() -> list[bytes]:
     made = scene()
     return [evidence.encode_passport(evidence.Passport(quote=made.quote, claims=made.claims))]
@@ -146,7 +187,7 @@ TARGETS: dict[str, Target] = {
     "endorsements": Target(
         parse=parse_endorsements,
         seeds=lambda: [scene().endorsements.tdx, *genuine("tdx/*/collateral.json")],
-        covers=("tdx.endorsements.parse_endorsements",),
+        covers=("tdx.endorsements.parse_endorsements", "tdx.tcbinfo.parse_tcb_info", "tdx.tcbinfo.parse_qe_identity"),
         mutators=(mutator.mutate, mutator.mutate_json, mutator.mutate_json),
     ),
     "certificate chain": Target(
@@ -178,6 +219,27 @@ TARGETS: dict[str, Target] = {
             *(bytes.fromhex(data.decode()) for data in genuine("nvidia/*/hopperAttestationReport.txt")),
         ],
         covers=("formats.spdm.parse_report",),
+    ),
+    "GPU evidence file": Target(
+        parse=nvidia_evidence.parse_gpu_bundle,
+        seeds=gpu_bundles,
+        covers=("formats.nvidia_evidence.parse_gpu_bundle",),
+        mutators=(mutator.mutate, mutator.mutate_json),
+    ),
+    "RIM": Target(
+        parse=parse_rim,
+        seeds=lambda: [*scene().endorsements.gpu_rims, *genuine("nvidia/rim/*")],
+        covers=("gpu.rim.parse_rim",),
+    ),
+    "OCSP response": Target(
+        parse=parse_ocsp,
+        seeds=lambda: nvidia.ocsp_responses(machine().gpu_vendor, now=NOW),
+        covers=("gpu.revocation.parse_ocsp",),
+    ),
+    "DICE extension": Target(
+        parse=dice.parse_dice,
+        seeds=dice_extensions,
+        covers=("formats.dice.parse_dice", "formats.der.parse_sequence", "formats.der.parse_elements"),
     ),
     "CBOR": Target(
         parse=cbor.decode,
@@ -258,6 +320,12 @@ TARGETS: dict[str, Target] = {
         parse=records.parse_outcome,
         seeds=lambda: [world().completed.record],
         covers=("formats.records.parse_outcome", "formats.records.parse_epoch"),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "salts": Target(
+        parse=lambda data: records.parse_salts(data, records.INTENT_FIELDS),
+        seeds=lambda: [world().committed.acceptance.field_salts],
+        covers=("formats.records.parse_salts",),
         mutators=(mutator.mutate, mutator.mutate_cbor),
     ),
     "leaf": Target(

@@ -23,7 +23,8 @@ SECONDS = 2
 ELSEWHERE = {
     "cli.parse_known_args": "argparse's own",
     "channel.parse_address": "the caller's own argument",
-    "gpu.appraise.parse_gpus": "GPU report, certificate chain and CRL are targets of their own",
+    "gpu.appraise.parse_gpus": "GPU report, certificate chain, RIM, CRL and OCSP response are targets of their own",
+    "gpu.revocation.parse_revocation": "CRL and OCSP response are targets of their own",
 }
 
 
