@@ -49,7 +49,6 @@ class ModuleIdentity:
     name: str  # such as TDX_01, upper case; empty for the unversioned one
     mrsigner: bytes  # 48
     attributes: bytes  # 8
-    attributes_mask: bytes  # 8
     levels: tuple[SvnLevel, ...] = ()
 
 
@@ -150,11 +149,11 @@ def parse_qe_identity(body: Mapping[str, Any]) -> QeIdentity:
 
 
 def _module(item: Mapping[str, Any], what: str, *, name: str, levels: tuple[SvnLevel, ...]) -> ModuleIdentity:
+    _hex(item, "attributesMask", what, 8)  # QVL has no use for it: every attribute of a module must be zero
     return ModuleIdentity(
         name=name,
         mrsigner=_hex(item, "mrsigner", what, 48),
         attributes=_hex(item, "attributes", what, 8),
-        attributes_mask=_hex(item, "attributesMask", what, 8),
         levels=levels,
     )
 
