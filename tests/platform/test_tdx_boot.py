@@ -25,7 +25,7 @@ from countermark.formats.spdm import parse_report
 from countermark.numerics import CURRENT
 from countermark.policy import INTEL_SGX_ROOT
 from countermark_appliance.config import Config, parse_config
-from countermark_appliance.platform import sim, tdx
+from countermark_appliance.platform import endorsements, sim
 from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
 from countermark_appliance.platform.base import open_platform
 from countermark_appliance.platform.keyring import Keyring
@@ -67,16 +67,13 @@ def host(tmp_path, monkeypatch):
     state = sim_evidence.machine(gpus=2)
     kernel, library = FakeKernel(tmp_path / "root", state), FakeNvml(state)
     monkeypatch.setattr(machine, "Sysfs", lambda: kernel)
+    monkeypatch.setattr(endorsements, "open_endorsements", lambda _config, _quote, _gpus: Cached())
     monkeypatch.setattr(Nvml.__init__, "__defaults__", (lambda: library,))
     return kernel, library
 
 
-def opened(config: Config) -> tdx.TdxPlatform:
-    return tdx.open_tdx(config, endorsements=lambda _quote, _gpus: Cached())
-
-
 def started(tmp_path):
-    platform, keys = opened(config(tmp_path)), Keyring()
+    platform, keys = open_platform(config(tmp_path)), Keyring()
     boot = boot_values(platform, keys, config=CONFIG, weights_root=WEIGHTS, profile=CURRENT, kernel_digest=KERNELS)
     extend_boot(platform, boot)
     platform.admit_gpus()
@@ -103,7 +100,7 @@ def test_a_whole_boot(host, tmp_path):
 
 def test_the_gpus_take_no_work_before_rtmr3_names_them(host, tmp_path):
     _, library = host
-    platform, keys = opened(config(tmp_path)), Keyring()
+    platform, keys = open_platform(config(tmp_path)), Keyring()
     boot = boot_values(platform, keys, config=CONFIG, weights_root=WEIGHTS, profile=CURRENT, kernel_digest=KERNELS)
     extend_boot(platform, boot)
     assert not library.is_ready
@@ -146,7 +143,7 @@ def test_a_verifier_takes_these_bytes_for_what_they_are(host, tmp_path):
 def test_no_gpu_is_asked_where_the_cpu_computes(host, tmp_path):
     _, library = host
     library.gpus.clear()
-    platform = opened(config(tmp_path, device="cpu"))
+    platform = open_platform(config(tmp_path, device="cpu"))
     assert platform.gpu_identities() == ()
     assert library.calls == []
 
@@ -155,7 +152,7 @@ def test_a_gpu_that_is_not_confidential_ends_the_start(host, tmp_path):
     kernel, library = host
     library.cc_feature = 0
     with pytest.raises(GpuError) as refused:
-        opened(config(tmp_path))
+        open_platform(config(tmp_path))
     assert (refused.value.code, refused.value.exit_code) == ("gpu.cc_off", 14)
     assert not library.is_ready
     assert kernel.register(3) == bytes(48)
@@ -192,5 +189,5 @@ def test_open_platform_refuses(tmp_path, old, new, code):
 def test_this_machine_is_no_tdx_guest(tmp_path):
     """The real files of wherever this runs; on a TDX guest with an appliance image this would open, and fail here."""
     with pytest.raises(ConfigError) as refused:
-        opened(config(tmp_path, device="cpu"))
+        open_platform(config(tmp_path, device="cpu"))
     assert refused.value.code in {"platform.image_id", "platform.ccel_missing"}
