@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ if not CUDA:  # the interpreter takes a second for a row; between them the tests
 def nothing_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel should have written and did not holds ranks of the heaviest weight."""
 
-    def poisoned(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(size, dtype=dtype, device=device)
+    def poisoned(*size: int, **given: Any) -> Tensor:
+        return torch.zeros(size, **given)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
