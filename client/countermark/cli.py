@@ -1,4 +1,4 @@
-"""countermark: attest, chat, verify, replay, evidence, policy, demo. Argparse, printing and exit codes; no logic.
+"""countermark: the commands. Argparse, printing and exit codes; no logic.
 
 stdout carries the result (with `--json` one object, with stable keys), stderr the numbered checks and progress.
 """
@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from countermark import arguments, evidence_cli, terminal
+from countermark import arguments, endorsements_cli, evidence_cli, terminal
 from countermark import policy as policies
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
@@ -119,11 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     chat.add_argument("--bundle", type=Path, help="save the answer with its proof to this file")
     chat.add_argument("--manifest", type=Path, help="signed measurement manifest to put into the bundle")
+    for online in (attest, chat):
+        endorsements_cli.add_options(online)
 
     verify = _command(commands, "verify", _verify, "verify a bundle offline", json_=True)
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--policy", type=Path, required=True)
     verify.add_argument("--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: now)")
+    verify.add_argument("--endorsements", type=Path, metavar="JSON", help="use these of Intel's, not the bundle's")
 
     again = _command(commands, "replay", _replay, "verify bundles and run their answers again", json_=True)
     again.add_argument(
@@ -136,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run it (default: cpu)")
 
     evidence_cli.add_commands(commands, _command)
+    endorsements_cli.add_command(commands, _command)
 
     policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
         required=True, metavar="ACTION"
@@ -192,7 +196,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _attest(args: argparse.Namespace) -> None:
-    with connect(args.address, load_policy(args.policy)) as session:
+    with connect(args.address, load_policy(args.policy), endorsements=endorsements_cli.chosen(args)) as session:
         _show_verdict(session.verdict)
         if args.json:
             _print_json(session.verdict.as_json())
@@ -214,7 +218,7 @@ def _chat(args: argparse.Namespace) -> None:
     except UnicodeDecodeError as err:
         raise RequestError("prompt: expected text on stdin", code="request.input") from err
     turns = [("system", args.system)] if args.system else []
-    with connect(args.address, policy) as session:
+    with connect(args.address, policy, endorsements=endorsements_cli.chosen(args)) as session:
         _show_verdict(session.verdict)
         stream = session.generate(
             messages=[*turns, ("user", prompt)],
@@ -241,7 +245,8 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    verified = _verified(args, args.bundle, load_policy(args.policy))
+    own = None if args.endorsements is None else read_file(args.endorsements)
+    verified = _verified(args, args.bundle, load_policy(args.policy), endorsements=own)
     if args.json:
         _print_json(verified.as_json())
     else:
@@ -351,9 +356,11 @@ def _policy_pin(args: argparse.Namespace) -> None:
         terminal.note(f"the image was tried with TDX modules of which tdx.mrseam accepts none: {tried}")
 
 
-def _verified(args: argparse.Namespace, path: Path, policy: Policy, *, quiet: bool = False) -> Verification:
+def _verified(
+    args: argparse.Namespace, path: Path, policy: Policy, *, quiet: bool = False, endorsements: bytes | None = None
+) -> Verification:
     at, basis = (int(time.time()), TimeBasis.NOW) if args.at is None else (args.at, TimeBasis.ASSUMED)
-    verified = verify_bundle(read_bundle(path), policy, at, time_basis=basis)
+    verified = verify_bundle(read_bundle(path), policy, at, time_basis=basis, endorsements=endorsements)
     if not quiet:
         if verified.verdict.simulated:
             terminal.show_simulated()
