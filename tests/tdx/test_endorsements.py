@@ -12,6 +12,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import vectors
 from countermark.errors import CountermarkError
@@ -226,3 +228,41 @@ def test_a_chain_that_shows_a_certificate_twice_is_refused() -> None:
     pem = (vendor.pck.pem + vendor.pck_ca.pem + vendor.pck_ca.pem + vendor.root.pem).encode()
     longer = encode_quote(replace(quote, pck_chain_pem=pem))
     assert refusal(lambda: lies.appraised(longer, lies.collateral())) == ("quote.short", "3")
+
+
+# --- whatever the vendor's JSON holds
+
+JSON_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def members_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, inner in items for found in [(*path, key), *members_of(inner, (*path, key))]]
+
+
+@settings(max_examples=250, deadline=None)
+@given(data=st.data(), name=st.sampled_from(("tcb_info", "qe_identity")), bad=JSON_VALUE, gone=st.booleans())
+def test_any_member_may_be_anything(data: st.DataObject, name: str, bad: Any, gone: bool) -> None:
+    """A document with a member replaced or removed is refused with one of our codes, or appraised as before."""
+
+    def change(value: dict[str, Any]) -> None:
+        *path, last = data.draw(st.sampled_from(members_of(value)))
+        for key in path:
+            value = value[key]
+        if gone:
+            del value[last]
+        else:
+            value[last] = bad
+
+    changes: dict[str, Any] = {name: change}
+    endorsements = lies.collateral(**changes)
+    try:
+        platform = lies.appraised(lies.quote_of(), endorsements)
+    except CountermarkError as err:
+        assert err.code.partition(".")[0] in ("endorsements", "tcb"), err
+    else:
+        assert (platform.tcb_status, platform.advisory_ids) == ("UpToDate", ())
