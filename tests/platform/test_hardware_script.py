@@ -64,6 +64,15 @@ def test_no_driver(run):
     assert (code, list(found)) == (2, ["nvml"])
 
 
+@pytest.mark.gpu
+def test_this_gpu_is_refused_unless_it_is_confidential(capsys):
+    """On a machine with NVIDIA's driver: without confidential mode the appliance's code is `gpu.cc_off`."""
+    code = runpy.run_path(str(SCRIPT))["main"]()
+    found = json.loads(capsys.readouterr().out)
+    assert code in (0, 1)
+    assert (found["refused"] == "gpu.cc_off") is (code == 0)
+
+
 def test_it_needs_no_package(tmp_path):
     """With the standard library and this repository alone."""
     import subprocess

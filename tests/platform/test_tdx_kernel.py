@@ -337,6 +337,27 @@ def test_a_kernel_that_takes_a_part(tmp_path, monkeypatch):
     assert failed.value.errno == errno.EIO
 
 
+def look_at(sysfs: Sysfs) -> None:
+    """What a TDX guest must give, without changing anything: a quote over our bytes, and registers that agree."""
+    quote, body = Reports(sysfs).quote(REPORT_DATA)
+    assert parse_quote(quote).body == body
+    assert body.report_data == REPORT_DATA
+    assert body.rtmrs == tuple(registers.read_register(sysfs, index) for index in range(4))
+    assert body.mrtd == sysfs.read(f"{registers.MEASUREMENTS}/mrtd:sha384", max_bytes=48)
+    log = eventlog.parse_event_log(ccel.read_ccel(sysfs))
+    assert eventlog.replay(log.events)[:3] == body.rtmrs[:3]
+
+
+def test_what_a_guest_must_give(kernel):
+    look_at(kernel)
+
+
+@pytest.mark.tdx
+def test_this_guest():
+    """On a TDX guest, as root. Not run yet."""
+    look_at(Sysfs())
+
+
 def test_every_code_has_a_row():
     """The codes that the modules name are the codes refused above, here and nowhere silently."""
     import ast

@@ -146,7 +146,7 @@ class Nvml:
         try:
             self._library = load()
         except OSError as err:
-            raise NvmlError(LIBRARY, 12, str(err)) from err
+            raise NvmlError("dlopen", 12, str(err)) from err
         self._call("nvmlInit_v2")
 
     def close(self) -> None:

@@ -35,10 +35,10 @@ class TdxPlatform:
     def __init__(self, sysfs: Sysfs, *, endorsements: OpenEndorsements, gpus: ConfidentialGpus | None) -> None:
         """`endorsements`: opens their source for a quote and the GPUs' reports, which say what to look for.
         `gpus`: None where the engine computes on the CPU. Raises as `open_tdx` does."""
-        self._image_id = read_image_id(sysfs)
-        self._ccel = read_ccel(sysfs)
+        self._reports = Reports(sysfs)  # first: what every TDX guest has
         self._rtmr3 = Rtmr3(sysfs)
-        self._reports = Reports(sysfs)
+        self._ccel = read_ccel(sysfs)
+        self._image_id = read_image_id(sysfs)
         self._gpus = gpus
         self._endorsements = endorsements(self._reports.quote(_NO_CHALLENGE)[0], self.gpu_evidence(_NO_NONCE))
         self._lock = threading.Lock()
