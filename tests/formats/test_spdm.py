@@ -1,5 +1,7 @@
 """GPU reports: genuine H100 reports with their signatures, and mutations."""
 
+from dataclasses import replace
+
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import vectors
 from countermark.errors import FormatError
 from countermark.formats.spdm import (
+    FeatureFlag,
     Measurement,
     Opaque,
     OpaqueType,
@@ -148,3 +151,46 @@ def test_arbitrary_bytes(data):
     for head in (b"", DATA[:45]):
         with pytest.raises(FormatError):
             parse_report(head + data)
+
+
+def test_the_form_with_a_header_has_value_types():
+    header = b"NVDAOD" + bytes((0, 0, 1, 0, 0, 0))
+    typed = tuple(replace(item, value_type=0x87) for item in VALUE.opaque)
+    value = replace(VALUE, opaque_header=header, opaque=typed)
+    assert parse_report(encode_report(value)) == value
+    assert parse_report(encode_report(value)).driver_version == VALUE.driver_version
+    for bad in (b"NVDAOD" + bytes((1, 0, 0, 0, 0, 0)), b"NVDAOD" + bytes((0, 0, 2, 0, 0, 0)), b"NVDAOD\0\0\0\0\0\1"):
+        with pytest.raises(FormatError) as refused:
+            parse_report(encode_report(replace(value, opaque_header=bad)))
+        assert refused.value.code == "spdm.opaque_version"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "name", "code"),
+    [
+        (OpaqueType.FEATURE_FLAG, b"", "feature_flag", "spdm.feature_flag"),
+        (OpaqueType.FEATURE_FLAG, b"\3\0", "feature_flag", "spdm.feature_flag"),
+        (OpaqueType.FEATURE_FLAG, b"\1" + bytes(8), "feature_flag", "spdm.feature_flag"),
+        (OpaqueType.SWITCH_PDI, bytes(9), "switch_pdis", "spdm.switch_pdi"),
+    ],
+)
+def test_records_of_newer_firmware_that_are_none(kind, value, name, code):
+    with pytest.raises(FormatError) as refused:
+        getattr(replace(VALUE, opaque=(Opaque(kind=kind, value=value),)), name)
+    assert refused.value.code == code
+
+
+def test_records_of_newer_firmware():
+    pdis = bytes(range(16))
+    records = (
+        Opaque(kind=OpaqueType.FEATURE_FLAG, value=b"\2\0"),
+        Opaque(kind=OpaqueType.SWITCH_PDI, value=pdis),
+        Opaque(kind=OpaqueType.OPAQUE_DATA_VERSION, value=b"\1\0"),
+    )
+    report = parse_report(encode_report(replace(VALUE, opaque=records)))
+    assert (report.feature_flag, report.switch_pdis) == (FeatureFlag.PPCIE, (pdis[:8], pdis[8:]))
+    assert (VALUE.feature_flag, VALUE.switch_pdis) == (None, ())
+    newer = replace(VALUE, opaque=(Opaque(kind=OpaqueType.OPAQUE_DATA_VERSION, value=b"\2\0"),))
+    with pytest.raises(FormatError) as refused:
+        parse_report(encode_report(newer))
+    assert refused.value.code == "spdm.opaque_version"

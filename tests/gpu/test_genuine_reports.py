@@ -1,14 +1,15 @@
-"""Genuine H100 reports: signature, chain, nonce and firmware identifier. Measurements need RIMs and are not judged."""
+"""Genuine H100 reports: signature, chain, nonce and firmware identifier. Their measurements: test_rims.py."""
 
 from __future__ import annotations
 
 import pytest
+from cryptography import x509
 
 import vectors
 from countermark import x509chain
-from countermark.errors import CountermarkError, GpuError
+from countermark.errors import CountermarkError, FormatError, GpuError
 from countermark.formats.spdm import parse_report
-from countermark.gpu.report import Gpu, verify_report
+from countermark.gpu.report import Gpu, verify_report, verify_signature
 from countermark.policy import NVIDIA_DEVICE_ROOT
 
 AT = 1_750_000_000  # any time: the chain is valid from 2022 to 9999
@@ -59,10 +60,33 @@ def test_another_gpus_chain_does_not_fit() -> None:
     assert err.value.code == "gpu.signature"
 
 
-def test_flipped_bytes_are_refused() -> None:
-    data = vectors.gpu_report("h100-550")
-    for position in (*range(0, len(data), 101), len(data) - 1):
+def refused(data: bytes, leaf: x509.Certificate) -> bool:
+    try:
+        verify_signature(data, parse_report(data), leaf)
+    except (FormatError, GpuError) as err:
+        return err.code.startswith("spdm.") or err.code == "gpu.signature"
+    return False
+
+
+def sweep(name: str, step: int) -> int:
+    """Flip every `step`-th bit of a genuine report; how many."""
+    data = vectors.gpu_report(name)
+    leaf = x509chain.parse_pem_chain(vectors.gpu_chain_pem(name), "gpu")[0]
+    assert not refused(data, leaf)
+    bits = range(0, 8 * len(data), step)
+    for bit in bits:
         changed = bytearray(data)
-        changed[position] ^= 1
-        code = refusal("h100-550", data=bytes(changed))
-        assert code.startswith(("spdm.", "gpu.signature")), (position, code)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert refused(bytes(changed), leaf), bit
+    return len(bits)
+
+
+@pytest.mark.parametrize("name", vectors.GPU_SETS)
+def test_flipped_bits_are_refused(name: str) -> None:
+    assert sweep(name, 61) > 500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vectors.GPU_SETS)
+def test_every_flipped_bit_is_refused(name: str) -> None:
+    assert sweep(name, 1) == 8 * len(vectors.gpu_report(name))

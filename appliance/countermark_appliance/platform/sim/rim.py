@@ -8,7 +8,7 @@ last). Index i in a RIM speaks of report index i + 1. The version strings spell 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lxml import etree
 from signxml.algorithms import DigestAlgorithm, SignatureMethod
@@ -34,8 +34,11 @@ def make_rims(vendor: GpuVendor) -> tuple[bytes, bytes]:
     return make_rim(vendor, DRIVER_VERSION, DRIVER_INDEXES), make_rim(vendor, VBIOS_VERSION, VBIOS_INDEXES)
 
 
-def make_rim(vendor: GpuVendor, version: str, active: Collection[int]) -> bytes:
-    """One signed RIM. `active`: the report indexes it speaks of."""
+def make_rim(
+    vendor: GpuVendor, version: str, active: Collection[int], *, values: Mapping[int, bytes] | None = None
+) -> bytes:
+    """One signed RIM. `active`: the report indexes it speaks of; `values`: theirs, where not a simulated GPU's."""
+    expected = {index: measured(index) for index in active} if values is None else values
     tag = etree.Element(f"{{{_SWID}}}SoftwareIdentity", nsmap={"swid": _SWID, "ns2": _SHA384})
     tag_id = hashlib.sha384(b"SIMULATED RIM " + version.encode()).hexdigest()
     for name, value in (
@@ -71,7 +74,7 @@ def make_rim(vendor: GpuVendor, version: str, active: Collection[int]) -> bytes:
         resource.set("index", str(index))
         resource.set("active", str(is_active))
         resource.set("alternatives", "1")
-        resource.set(f"{{{_SHA384}}}Hash0", (measured(index + 1) if is_active else bytes(48)).hex())
+        resource.set(f"{{{_SHA384}}}Hash0", (expected[index + 1] if is_active else bytes(48)).hex())
         resource.set("name", f"Measurement_{index}")
         resource.set("size", "48")
     return sign_tag(vendor, tag)
