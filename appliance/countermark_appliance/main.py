@@ -43,6 +43,10 @@ from countermark_kernels import PROFILE, kernel_digest
 
 NO_NONCE = bytes(32)  # nobody asked for the passport, and it claims no freshness
 RECORDING = 64
+# On hardware: Linux asks for one quote at a time, and looks once a second whether the host has answered (tdx-guest.c,
+# wait_for_quote_completion). Ten may wait, as many seconds of a client's patience; the next is told to come back.
+QUOTES_PER_S = 1.0
+QUOTES_WAITING = 10
 CERTIFICATE_VALID_S = 366 * 86_400  # a name for tooling; what authenticates the key is the quote
 _log = logging.getLogger(__name__)
 
@@ -100,7 +104,8 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
             retention_until=config.retention_until,
         )
         try:
-            service, connections = _service(config, attester, passport, engine, recorder)
+            limits = _limits(config, simulated=platform.name.simulated)
+            service, connections = _service(limits, attester, passport, engine, recorder)
             facts = {
                 "simulated": platform.name.simulated,
                 "model": engine.info.model,
@@ -151,7 +156,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
 
 
 def _service(
-    config: Config, attester: Attester, passport: bytes, engine: Engine, recorder: Recorder
+    limits: ServiceLimits, attester: Attester, passport: bytes, engine: Engine, recorder: Recorder
 ) -> tuple[Service, Connections]:
     connections = Connections()
     service = Service(
@@ -160,10 +165,17 @@ def _service(
         engine=engine,
         connections=connections,
         passport=passport,
-        # More than the engine has places for: answers that have ended and wait for their records.
-        limits=ServiceLimits(generations=config.max_sequences + config.max_waiting + RECORDING),
+        limits=limits,
     )
     return service, connections
+
+
+def _limits(config: Config, *, simulated: bool) -> ServiceLimits:
+    # More than the engine has places for: answers that have ended and wait for their records.
+    generations = config.max_sequences + config.max_waiting + RECORDING
+    if simulated:
+        return ServiceLimits(generations=generations)
+    return ServiceLimits(generations=generations, attests_per_s=QUOTES_PER_S, attest_burst=QUOTES_WAITING)
 
 
 def _stack(config: Config, platform: Platform, info: EngineInfo) -> Stack:

@@ -299,6 +299,29 @@ def test_an_extension_that_does_not_happen(kernel, bend):
     assert not eventlog.parse_event_log(platform.rtmr3_log()).events
 
 
+def test_a_quote_that_takes_long_keeps_nobody_waiting(kernel):
+    """Neither the watch nor an extension; and an event that comes in between is no stranger's."""
+    platform = opened(kernel)
+    asked, answer = threading.Event(), threading.Event()
+    make = kernel._make_quote
+
+    def slowly(path: str) -> None:
+        asked.set()
+        assert answer.wait(10)
+        make(path)
+
+    kernel._make_quote = slowly  # type: ignore[method-assign]
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.append(platform.quote(REPORT_DATA)))
+    thread.start()
+    assert asked.wait(10)
+    platform.check_unchanged()
+    platform.extend_rtmr3(EVENT_TYPE, b"one")
+    answer.set()
+    thread.join(10)
+    assert parse_quote(found[0]).body.rtmr3 == kernel.register(3)
+
+
 def test_another_event_type(kernel):
     with pytest.raises(MeasurementError) as refused:
         opened(kernel).extend_rtmr3(EVENT_TYPE + 1, b"one")
