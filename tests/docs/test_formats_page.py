@@ -58,7 +58,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gpu.{code}": (
         *(f"gpu.{reason}" for reason in CHAIN),
         *("gpu.missing", "gpu.count", "gpu.digest", "gpu.freshness", "gpu.duplicate", "gpu.device_key", "gpu.mode"),
-        *("gpu.devtools", "gpu.crl", "gpu.crl_stranger", "gpu.revoked", "gpu.nonce", "gpu.field", "gpu.signature"),
+        *("gpu.devtools", "gpu.crl_stranger", "gpu.revoked", "gpu.nonce", "gpu.field", "gpu.signature"),
         *("gpu.fwid", "gpu.fwid_missing", "gpu.rim_signature", "gpu.rim_version", "gpu.rim_conflict"),
         *("gpu.measurement", "gpu.ocsp_stranger", "gpu.ocsp_responder", "gpu.ocsp_signature", "gpu.ocsp_unknown"),
         *("gpu.ocsp_not_yet_valid", "gpu.ocsp_expired", "gpu.rim_root", "gpu.rim_chain", "gpu.rim_not_yet_valid"),

@@ -22,6 +22,7 @@ from countermark.gpu.revocation import Revocation, parse_ocsp, parse_revocation,
 from countermark.policy import GpuRevocationRule
 from countermark_appliance.platform.sim import nvidia
 from countermark_appliance.platform.sim.issue import Issued, issue, issue_crl
+from made_certificates import make_certificate
 from sim_evidence import NOW, machine
 
 REQUIRED, OPTIONAL = GpuRevocationRule.REQUIRED, GpuRevocationRule.OPTIONAL
@@ -174,6 +175,15 @@ def endless() -> bytes:
     return builder.sign(VENDOR.rim_root.key, hashes.SHA384()).public_bytes(Encoding.DER)
 
 
+def crl_of_a_chip() -> str:
+    """The boot ROM's key certifies and does nothing else, in genuine chains."""
+    boot_rom = make_certificate(VENDOR.provisioner, ca=True, crl_sign=False)
+    leaf = make_certificate(boot_rom, ca=False, crl_sign=False)
+    chain = (leaf.certificate, boot_rom.certificate, *DEVICE[2:])
+    given = parse_revocation((issue_crl(boot_rom, this_update=NOW - 60, next_update=NOW + 60),), ())
+    return verify_revocation([chain], given, rule=OPTIONAL, now=NOW)
+
+
 def other_signature(data: bytes) -> bytes:
     """The same length of signature, by a key nobody certified."""
     signature = ocsp.load_der_ocsp_response(data).signature
@@ -209,17 +219,23 @@ REFUSED: dict[str, tuple[str, Callable[[], str]]] = {
         lambda: judge((issue_crl(responder(), this_update=NOW - 60, next_update=NOW + 60),)),
     ),
     "CRL of changes only": (
-        "gpu.crl",
+        "gpu.crl_extension",
         lambda: judge(crl(VENDOR.family, extension=x509.DeltaCRLIndicator(1))),
     ),
     "CRL of some certificates only": (
-        "gpu.crl",
+        "gpu.crl_extension",
         lambda: judge(
             crl(
                 VENDOR.family,
                 extension=x509.IssuingDistributionPoint(None, None, True, False, None, False, False),
             )
         ),
+    ),
+    "CRL by an authority that may not sign lists": ("gpu.crl_issuer", crl_of_a_chip),
+    "CRL that ends this second": ("gpu.expired", lambda: judge(nvidia.crls(VENDOR, now=NOW - 30 * DAY))),
+    "OCSP that ends this second": (
+        "gpu.ocsp_expired",
+        lambda: judge_signer(answer(at=NOW - 30 * DAY + 3600)),
     ),
     "OCSP: revoked": ("gpu.revoked", lambda: judge_signer(answer(STATUS.REVOKED))),
     "OCSP: on hold": ("gpu.revoked", lambda: judge_signer(answer(STATUS.REVOKED, reason=HOLD), rule=OPTIONAL)),

@@ -32,6 +32,7 @@ from countermark_appliance.platform.sim import der, nvidia, rim
 from countermark_appliance.platform.sim.intel import sign_raw
 from countermark_appliance.platform.sim.issue import Issued, issue
 from countermark_appliance.platform.sim.machine import SimPlatform, TdLaunch
+from made_certificates import make_certificate
 from sim_evidence import NOW, Scene, machine, policy_for
 
 DAY = 86_400
@@ -102,7 +103,11 @@ def other_leaf(*extensions: x509.UnrecognizedExtension) -> Verdict:
     """The same chip with another device certificate, as other firmware would have it, measured as such."""
     gpu = machine().gpus[0]
     span = {"not_before": NOW - DAY, "not_after": NOW + DAY}
-    device = issue("firmware", gpu.boot_rom, **span, curve=ec.SECP384R1(), ca=False, extensions=extensions)
+    return other_device(issue("firmware", gpu.boot_rom, **span, curve=ec.SECP384R1(), ca=False, extensions=extensions))
+
+
+def other_device(device: Issued) -> Verdict:
+    gpu = machine().gpus[0]
     return Scene(state=replace(machine(), gpus=(replace(gpu, device=device),))).appraise()
 
 
@@ -144,6 +149,7 @@ def responses(status: ocsp.OCSPCertStatus, *, at: int = NOW, responder: Issued =
 
 BAD_SIGNATURE = DRIVER_RIM.replace(nvidia.measured(8).hex().encode(), nvidia.measured(22).hex().encode())
 FOREIGN = nvidia.make_gpu_vendor(now=NOW)
+UNKNOWN = (("1.2.3.4", b"\5\0"),)
 ROWS: dict[str, tuple[str, str, Callable[[], Verdict]]] = {
     "GPU swapped for another genuine one": ("8", "gpu.device_key", lambda: Scene(gpus=another_gpu).appraise()),
     "GPU nonce of another VM": (
@@ -188,6 +194,13 @@ ROWS: dict[str, tuple[str, str, Callable[[], Verdict]]] = {
         lambda: other_leaf(
             extension(DICE_FWID, composite(machine().gpus[0].boot_rom)),
             extension(DICE_TCB_INFO, tcb_info(fwid(nvidia.FWID))),
+        ),
+    ),
+    "a certificate with a critical extension nobody reads": (
+        "8",
+        "gpu.extension",
+        lambda: other_device(
+            make_certificate(machine().gpus[0].boot_rom, ca=False, crl_sign=False, extensions=UNKNOWN)
         ),
     ),
     "a certificate for another chip": (

@@ -112,7 +112,8 @@ def verify_report(
 def verify_device_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) -> None:
     """The certificates lead to the pinned root, which has the SHA-256 `root`.
 
-    Raises `GpuError`: `gpu.root`, `gpu.short`, `gpu.ca`, `gpu.chain_signature`, `gpu.not_yet_valid`, `gpu.expired`.
+    Raises `GpuError`: `gpu.root`, `gpu.short`, `gpu.ca`, `gpu.chain_signature`, `gpu.extension`,
+    `gpu.not_yet_valid`, `gpu.expired`.
     """
     try:
         x509chain.verify_chain(chain, root=root, now=now)

@@ -3,7 +3,7 @@
 RFC 5280 section 5 and RFC 6960. A CRL is signed by the certificates' issuer and is complete (no critical extension such
 as a delta indicator or a distribution point). An OCSP response is signed by that issuer, or by a responder with the
 extended key usage OCSPSigning that the issuer itself certified; it names a certificate by serial number and hashes of
-the issuer's name and key, in any of the SHA family. Both must be current: thisUpdate <= T <= nextUpdate, and one
+the issuer's name and key, in any of the SHA family. Both must be current: thisUpdate <= T < nextUpdate, and one
 without nextUpdate says nothing about T. `good` is required: `unknown` is refused, and so is every revocation, also
 `certificateHold`, which NVIDIA's own tools can be told to overlook.
 
@@ -154,9 +154,9 @@ def verify_revocation(
     """1 judge every CRL, 2 judge every OCSP response, 3 demand what the rule demands; returns what was covered.
 
     `chains`: of GPUs, `rim_chains`: of RIM signers, both leaf first, root last, and already verified. Raises `GpuError`
-    `gpu.crl` (not complete), `gpu.crl_stranger`, `gpu.crl_signature`, `gpu.not_yet_valid`, `gpu.expired` (CRL),
-    `gpu.revoked`, `gpu.ocsp_stranger`, `gpu.ocsp_responder`, `gpu.ocsp_signature`, `gpu.ocsp_not_yet_valid`,
-    `gpu.ocsp_expired`, `gpu.ocsp_unknown`, or `Undecidable` `gpu.revocation_missing`.
+    `gpu.crl_stranger`, `gpu.crl_issuer`, `gpu.crl_signature`, `gpu.crl_extension`, `gpu.not_yet_valid`, `gpu.expired`
+    (the CRL's dates), `gpu.revoked`, `gpu.ocsp_stranger`, `gpu.ocsp_responder`, `gpu.ocsp_signature`,
+    `gpu.ocsp_not_yet_valid`, `gpu.ocsp_expired`, `gpu.ocsp_unknown`, or `Undecidable` `gpu.revocation_missing`.
     """
     issued = {
         x509chain.digest(below): (below, issuer)
@@ -186,8 +186,6 @@ def _judge_crl(crl: x509.CertificateRevocationList, issued: _Issued, now: int) -
     issuers = {x509chain.digest(issuer): issuer for _, issuer in issued.values() if issuer.subject == crl.issuer}
     if not issuers:
         raise _refuse(f"GPU CRL: expected an issuer in the chains, got {crl.issuer.rfc4514_string()}", "crl_stranger")
-    if any(extension.critical for extension in crl.extensions):
-        raise _refuse("GPU CRL: expected a complete list, got one with a critical extension", "crl")
     issuer = _signer(crl, list(issuers.values()))
     try:
         x509chain.verify_crl(crl, issuer, now=now)
@@ -256,7 +254,7 @@ def _verify_current(single: SingleResponse, below: x509.Certificate, now: int) -
     if now < single.this_update:
         message = f"OCSP response for {name}: valid from {rfc3339(single.this_update)}, time is {rfc3339(now)}"
         raise _refuse(message, "ocsp_not_yet_valid")
-    if single.next_update is None or now > single.next_update:
+    if single.next_update is None or now >= single.next_update:
         until = "absent" if single.next_update is None else rfc3339(single.next_update)
         message = f"OCSP response for {name}: nextUpdate {until}, time is {rfc3339(now)}"
         raise _refuse(message, "ocsp_expired")
