@@ -150,7 +150,7 @@ MATRIX: dict[str, tuple[str | tuple[str, str, str], ...]] = {
 }
 
 OTHER_ISSUES = {
-    "configuration from outside the measured set: fw_cfg, ACPI, SMBIOS, ESP credentials, add-ons, LoadOptions, virtio": (
+    "configuration from outside the measured set: fw_cfg, ACPI, SMBIOS, ESP credentials, add-ons, LoadOptions": (
         "the image's init decides what it reads, and there is no image yet; ACPI tables are measured into RTMR0"
     ),
     "extension absent": (
