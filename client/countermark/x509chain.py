@@ -202,20 +202,28 @@ def verify_crl(crl: x509.CertificateRevocationList, issuer: x509.Certificate, *,
     try:
         valid = crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]  # other key types raise
     except _UNREADABLE as err:
-        raise ChainError("crl_signature", f"CRL of {name(issuer)}: {err}") from err
+        raise ChainError("crl_signature", f"CRL of {_short(issuer)}: {err}") from err
     if not valid:
-        raise ChainError("crl_signature", f"CRL of {name(issuer)}: signature does not verify")
+        raise ChainError("crl_signature", f"CRL of {_short(issuer)}: signature does not verify")
     for extension in crl.extensions:
         if extension.critical:
-            text = f"CRL of {name(issuer)}: expected no critical extension, got {extension.oid.dotted_string}"
+            text = f"CRL of {_short(issuer)}: expected no critical extension, got {extension.oid.dotted_string}"
             raise ChainError("crl_extension", text)
     if now < crl.last_update_utc.timestamp():
         start = _date(crl.last_update_utc)
-        raise ChainError("not_yet_valid", f"CRL of {name(issuer)}: valid from {start}, time is {rfc3339(now)}")
+        raise ChainError(
+            "not_yet_valid", f"CRL of {_short(issuer)}: expected a time from thisUpdate {start}, got {rfc3339(now)}"
+        )
     # As OpenSSL and webpki read it: the second of nextUpdate is the first in which the list is old.
     if crl.next_update_utc is None or now >= crl.next_update_utc.timestamp():
         until = "absent" if crl.next_update_utc is None else _date(crl.next_update_utc)
-        raise ChainError("expired", f"CRL of {name(issuer)}: nextUpdate {until}, time is {rfc3339(now)}")
+        raise ChainError(
+            "expired", f"CRL of {_short(issuer)}: expected a time before nextUpdate {until}, got {rfc3339(now)}"
+        )
+
+
+def _short(certificate: x509.Certificate) -> str:
+    return common_name(certificate) or name(certificate)
 
 
 def _date(moment: datetime) -> str:
