@@ -13,14 +13,19 @@ from sim_evidence import NOW
 
 
 def make_certificate(
-    issuer: Issued, *, ca: bool, crl_sign: bool, extensions: tuple[tuple[str, bytes], ...] = ()
+    issuer: Issued,
+    *,
+    ca: bool,
+    crl_sign: bool = False,
+    sign: bool = True,
+    extensions: tuple[tuple[str, bytes], ...] = (),
 ) -> Issued:
     """A P-384 certificate valid around `NOW`; `extensions` (object identifier, value) are critical."""
     key = ec.generate_private_key(ec.SECP384R1())
     start = datetime.datetime.fromtimestamp(NOW - 3600, datetime.UTC)
     names = ("key_encipherment", "data_encipherment", "key_agreement", "content_commitment")
     usage = x509.KeyUsage(
-        digital_signature=not ca,
+        digital_signature=sign and not ca,
         key_cert_sign=ca,
         crl_sign=crl_sign,
         encipher_only=False,

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -24,6 +25,7 @@ from countermark.gpu.rim import verify_rim_signature as verify_signature
 from countermark.policy import NVIDIA_RIM_ROOT
 from countermark_appliance.platform.sim import nvidia, rim
 from countermark_appliance.platform.sim.issue import YEAR_S, issue
+from made_certificates import make_certificate
 from sim_evidence import NOW, machine
 
 GENUINE = {  # file -> kind, version, number of active indexes, a time at which its signer was valid
@@ -271,10 +273,13 @@ def by_signer(ca: bool = False, **changes: int) -> bytes:
     vendor = machine().gpu_vendor
     times = {"not_before": NOW - 3600, "not_after": NOW + YEAR_S, **changes}
     signer = issue("RIM signer", vendor.rim_root, **times, curve=ec.SECP384R1(), ca=ca)
-    other = type(vendor)(
-        **{name: getattr(vendor, name) for name in type(vendor).__dataclass_fields__} | {"rim_signer": signer}
-    )
-    return rim.make_rim(other, nvidia.DRIVER_VERSION, nvidia.DRIVER_INDEXES)
+    return rim.make_rim(replace(vendor, rim_signer=signer), nvidia.DRIVER_VERSION, nvidia.DRIVER_INDEXES)
+
+
+def by_a_key_for_something_else() -> bytes:
+    vendor = machine().gpu_vendor
+    signer = make_certificate(vendor.rim_root, ca=False, sign=False)
+    return rim.make_rim(replace(vendor, rim_signer=signer), nvidia.DRIVER_VERSION, nvidia.DRIVER_INDEXES)
 
 
 def first_hash(root: etree._Element, signature: etree._Element) -> None:
@@ -309,6 +314,7 @@ VERIFIED = {
     "an expired signer": ("gpu.rim_expired", by_signer(not_before=NOW - YEAR_S, not_after=NOW - 1)),
     "a signer from the future": ("gpu.rim_not_yet_valid", by_signer(not_before=NOW + 60)),
     "a signer that is an authority": ("gpu.rim_chain", by_signer(ca=True)),
+    "a signer whose key is for something else": ("gpu.rim_chain", by_a_key_for_something_else()),
     "certificates of the root alone": (
         "gpu.rim_chain",
         edit(lambda r, s: (data := next(s.iter(f"{DS}X509Data"))).remove(data[0])),
