@@ -6,8 +6,10 @@ import asyncio
 import json
 import re
 import socket
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import dcap_qvl
@@ -19,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import vectors
 from countermark.errors import CountermarkError, FormatError, TcbError, UsageError
 from countermark.fetch import intel
-from countermark.fetch.https import Service
+from countermark.fetch.https import Response, Service
 from countermark.fetch.intel import Source, Wanted, fetch_collateral, pccs, verify_collateral, wanted_by
 from countermark.formats.quote import parse_quote
 from countermark.policy import INTEL_SGX_ROOT
@@ -161,6 +163,15 @@ def test_an_issuer_chain_is_needed(path: str) -> None:
     assert refusal(edited(path, headers={"TCB-Info-Issuer-Chain": "%zz"})).startswith("endorsements.")
 
 
+def test_a_plus_sign_in_a_chain_is_one_escaped_or_not() -> None:
+    chain = json.loads(machine().endorsements.tdx)["tcb_info_issuer_chain"]
+    plus = chain.replace("\n", "+\n", 1) if "+" not in chain else chain
+    for safe in ("", "+"):
+        headers = {"TCB-Info-Issuer-Chain": urllib.parse.quote(plus, safe=safe)}
+        response = Response(headers={name.lower(): value for name, value in headers.items()}, body=b"")
+        assert intel._chain(response, "TCB-Info-Issuer-Chain") == plus
+
+
 @pytest.mark.parametrize(
     ("path", "old", "new"),
     [
@@ -265,7 +276,12 @@ def test_validity_is_that_of_the_part_that_ends_first() -> None:
     assert (found.issued, found.until) == (NOW - 3600, NOW - 3600 + 30 * 86_400)
     item = vectors.tdx("dstack-90c06f")
     genuine = verify_collateral(item.collateral.encode(), root=INTEL_SGX_ROOT, now=item.at)
-    assert genuine.issued <= item.at <= genuine.until
+    values = json.loads(item.collateral)
+    ends = [datetime.fromisoformat(json.loads(values[name])["nextUpdate"]) for name in ("tcb_info", "qe_identity")]
+    for name in ("pck_crl", "root_ca_crl"):
+        ends.append(x509.load_der_x509_crl(bytes.fromhex(values[name])).next_update_utc or ends[0])
+    assert len(set(ends)) > 1
+    assert genuine.issued <= item.at <= genuine.until == min(ends).timestamp()
     assert genuine.ages[:2] == (json.loads(json.loads(item.collateral)["tcb_info"])["tcbEvaluationDataNumber"],) * 2
 
 
