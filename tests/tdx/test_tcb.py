@@ -159,6 +159,36 @@ def test_levels_are_chosen_as_another_implementation_chooses_them(
         assert theirs == (ours.status, frozenset(ours.advisories))
 
 
+def test_levels_have_intels_order_whatever_the_documents() -> None:
+    """By SGX components, then PCE SVN, then TDX components: the level of the higher PCE SVN is the newer one here."""
+    tdx_newer = (4, "OutOfDate", components(0, 0, intel.TDX_TCB[2]))
+    pce_newer = (intel.PCE_SVN, "ConfigurationNeeded", components(0, 0, 1))
+    quote = lies.quote_of()
+    for order in ((tdx_newer, pce_newer), (pce_newer, tdx_newer)):
+
+        def info(value: Document, order: tuple[Any, ...] = order) -> None:
+            first = value["tcbLevels"][0]
+            value["tcbLevels"] = [
+                {**first, "tcbStatus": status, "tcb": {**first["tcb"], "pcesvn": pce, "tdxtcbcomponents": tdx}}
+                for pce, status, tdx in order
+            ]
+
+        endorsements = lies.collateral(tcb_info=info)
+        assert rated(quote, endorsements).status == "ConfigurationNeeded"
+        assert lies.second_opinion(quote, endorsements) == ("ConfigurationNeeded", frozenset())
+
+
+@pytest.mark.parametrize("document", ["tcb_info", "qe_identity"])
+def test_levels_of_one_svn_are_ordered_too(document: str) -> None:
+    backwards = [svn_level(0, "OutOfDate"), svn_level(3, "UpToDate")]
+
+    def change(value: Document) -> None:
+        (value if document == "qe_identity" else value["tdxModuleIdentities"][0])["tcbLevels"] = backwards
+
+    changes: dict[str, Any] = {document: change}
+    assert rated(lies.quote_of(), lies.collateral(**changes)).status == "UpToDate"
+
+
 # --- TD 1.5: the module under a running TD
 
 
@@ -197,6 +227,17 @@ def test_a_td_that_outlived_its_module_is_advised_to_relaunch(
     assert lies.second_opinion(quote, endorsements) == (status, frozenset())
 
 
+def test_no_relaunch_helps_a_platform_that_is_out_of_date_itself() -> None:
+    def info(value: Document) -> None:
+        two_generations(value)
+        value["tcbLevels"][0]["tcb"]["sgxtcbcomponents"] = components(intel.SGX_TCB[0] + 1, *intel.SGX_TCB[1:])
+
+    svns = {"tee_tcb_svn": bytes((4, 1, 3)) + bytes(13), "tee_tcb_svn2": bytes((6, 1, 3)) + bytes(13)}
+    quote, endorsements = lies.quote_of(TdLaunch(version=5), **svns), lies.collateral(tcb_info=info)
+    assert rated(quote, endorsements).status == "OutOfDate"
+    assert lies.second_opinion(quote, endorsements) == ("OutOfDate", frozenset())
+
+
 def test_a_relaunch_that_also_needs_configuration_says_so() -> None:
     def info(value: Document) -> None:
         two_generations(value)
@@ -209,6 +250,20 @@ def test_a_relaunch_that_also_needs_configuration_says_so() -> None:
     assert refusal(lambda: lies.appraised(quote, endorsements)) == "tcb.status"
     waiver = Waiver(name="TDRelaunchAdvisedConfigurationNeeded", until=NOW)
     assert isinstance(lies.appraised(quote, endorsements, policy_for(machine(), accepted_statuses=(waiver,))), Platform)
+
+
+def test_the_policy_must_accept_both_ratings() -> None:
+    """One of the few things the two read differently: only the platform part of TEE_TCB_SVN is behind at launch."""
+    svns = {"tee_tcb_svn": bytes((6, 1, 2)) + bytes(13), "tee_tcb_svn2": bytes((6, 1, 3)) + bytes(13)}
+    quote, endorsements = lies.quote_of(TdLaunch(version=5), **svns), lies.collateral(tcb_info=two_generations)
+    assert rated(quote, endorsements).status == "OutOfDate"
+    assert lies.second_opinion(quote, endorsements) == ("TDRelaunchAdvised", frozenset())
+    waivers = tuple(Waiver(name=name, until=NOW) for name in ("OutOfDate", "TDRelaunchAdvised"))
+    for accepted in (waivers[:1], waivers[1:]):
+        policy = policy_for(machine(), accepted_statuses=accepted)
+        assert refusal(lambda policy=policy: lies.appraised(quote, endorsements, policy)) == "tcb.status"
+    platform = lies.appraised(quote, endorsements, policy_for(machine(), accepted_statuses=waivers))
+    assert platform.tcb_status == "OutOfDate"
 
 
 @pytest.mark.parametrize("running", [(9, 2, 3), (3, 1, 3), (2, 3, 3), (6, 1, 1)])
@@ -377,9 +432,13 @@ def test_a_debug_quoting_enclave_is_refused_whatever_its_identity_masks() -> Non
     assert refusal(lambda: lies.appraised(quote, lax)) == "tcb.qe_identity"
 
 
-def test_attributes_beyond_the_mask_do_not_count() -> None:
+def test_what_lies_beyond_a_mask_does_not_count() -> None:
     quote = lies.quote_of(qe=lambda report: replace(report, attributes=b"\x11" + bytes(14) + b"\xff"))
     assert isinstance(lies.appraised(quote, lies.collateral()), Platform)
+    quote = lies.quote_of(qe=lambda report: replace(report, misc_select=0x00010000))
+    assert isinstance(lies.appraised(quote, lies.collateral(qe_identity=qe(miscselectMask="FFFF0000"))), Platform)
+    swapped = lies.collateral(qe_identity=qe(miscselectMask="0000FFFF"))
+    assert refusal(lambda: lies.appraised(quote, swapped)) == "tcb.qe_identity"
 
 
 def test_what_the_second_verifier_alone_refuses_is_refused() -> None:
