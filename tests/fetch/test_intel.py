@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -17,6 +18,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import vectors
 from countermark.errors import CountermarkError, FormatError, TcbError, UsageError
@@ -295,3 +298,16 @@ def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_arbitrary_answers_are_malformed_or_a_value(data: bytes) -> None:
+    for read in (
+        lambda: intel._signed_text(data, "tcbInfo"),
+        lambda: intel._signed_text(b'{"tcbInfo":' + data + b',"signature":""}', "tcbInfo"),
+        lambda: intel._crl(data, "CRL"),
+        lambda: wanted_by(data),
+    ):
+        with contextlib.suppress(FormatError):
+            read()

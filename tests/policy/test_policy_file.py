@@ -238,8 +238,9 @@ def test_the_production_profile_takes_no_simulated_root_and_no_simulated_image()
         assert err.value.code == "policy.root"
         assert new_policy(Profile.TEST, now=NOW, **root).simulated
     pinned = policy_for(machine())
+    genuine: Any = {"tdx_root": INTEL_SGX_ROOT, "gpu_root": NVIDIA_DEVICE_ROOT, "rim_root": NVIDIA_RIM_ROOT}
     with pytest.raises(PolicyError) as err:
-        replace(pinned, profile=Profile.PRODUCTION, tdx_root=INTEL_SGX_ROOT, gpu_root=NVIDIA_DEVICE_ROOT)
+        replace(pinned, profile=Profile.PRODUCTION, **genuine)
     assert err.value.code == "policy.image"
     text = encode_policy(pinned).replace('profile = "development"', 'profile = "production"', 1)
     assert code_of(text)[0] == "policy.root"
