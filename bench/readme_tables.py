@@ -321,8 +321,8 @@ def appraisal_table(result: dict[str, Any]) -> str:
         "",
         "Quote, both event logs, one GPU with driver and VBIOS RIM, CRLs and an OCSP response. The aim is",
         f"{target:.0f} ms, {missed}.",
-        "Half of what the first costs are signatures on P-384; which certificate issued which, and what a RIM's signer signed, is",
-        "then remembered for as long as the process lives.",
+        "Half of what the first costs are signatures on P-384; which certificate issued which, and what a RIM's signer",
+        "signed, is then remembered for as long as the process lives.",
         f"{machine['cpu']}, {machine['cores']} shared cores, {machine['date']}; `bench/appraisal.py`,",
         "[numbers](bench/results/appraisal.json).",
     ]
