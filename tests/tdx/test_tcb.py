@@ -437,6 +437,8 @@ def test_what_lies_beyond_a_mask_does_not_count() -> None:
     assert isinstance(lies.appraised(quote, lies.collateral()), Platform)
     quote = lies.quote_of(qe=lambda report: replace(report, misc_select=0x00010000))
     assert isinstance(lies.appraised(quote, lies.collateral(qe_identity=qe(miscselectMask="FFFF0000"))), Platform)
+    wanted = lies.collateral(qe_identity=qe(miscselect="00000100"))  # in the byte order of the report
+    assert isinstance(lies.appraised(quote, wanted), Platform)
     swapped = lies.collateral(qe_identity=qe(miscselectMask="0000FFFF"))
     assert refusal(lambda: lies.appraised(quote, swapped)) == "tcb.qe_identity"
 
