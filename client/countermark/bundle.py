@@ -6,7 +6,11 @@ other entry. A reader takes the names and contents from the local headers, encod
 of the file is accounted for. The digests find damage, not forgery: nothing in a bundle is believed before
 `countermark.verify` has checked it.
 
-Not here: what the entries mean (`formats`), and redaction, that is leaving out prompt or answer with their salts.
+`redact` leaves out the prompt or the output with every salt that would make a guess at it checkable: the signed records
+keep their commitments, so what is left proves as much as before. A bundle redacted by half is refused.
+
+Not here: what the entries mean (`formats`). Proofs that were made later (`epoch.cbor`, `witness.cbor`, `anchors.cbor`)
+are bytes here.
 """
 
 from __future__ import annotations
@@ -15,19 +19,22 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
-from countermark.errors import BundleError
+from countermark.errors import BundleError, FormatError
 from countermark.files import read_file, write_file
-from countermark.formats import cbor
+from countermark.formats import cbor, records
 from countermark.formats.evidence import MAX_EVIDENCE_BYTES
 from countermark.formats.manifest import MAX_MANIFEST_BYTES
 from countermark.formats.receipt import (
     MAX_RECEIPT_BYTES,
     Acceptance,
     Answer,
+    Placed,
+    Redaction,
+    Reply,
     encode_acceptance,
     encode_answer,
     parse_acceptance,
@@ -37,17 +44,21 @@ from countermark.formats.receipt import (
 VERSION: Final = 1
 SUFFIX: Final = ".cmk"
 MANIFEST: Final = "manifest.cbor"
-OPTIONAL: Final = "measurements.json"
 _MIB: Final = 1024 * 1024
-_ENTRIES: Final = {
+ENTRIES: Final = {  # in this order; the most bytes of each
     "request.bin": 16 * _MIB,
     "accepted.cbor": 8 * _MIB,
     "answer.cbor": 32 * _MIB,
     "receipt.cose": MAX_RECEIPT_BYTES,
     "evidence.cbor": MAX_EVIDENCE_BYTES,
-    OPTIONAL: MAX_MANIFEST_BYTES,
+    "measurements.json": MAX_MANIFEST_BYTES,
+    "epoch.cbor": _MIB,
+    "witness.cbor": _MIB,
+    "anchors.cbor": 2 * _MIB,
 }
+_ALWAYS: Final = ("accepted.cbor", "answer.cbor", "receipt.cose", "evidence.cbor")
 MAX_BUNDLE_BYTES: Final = 64 * _MIB
+REPLY_FIELDS: Final = tuple(name for name in records.OUTCOME_FIELDS if name != "fingerprints")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
@@ -57,38 +68,92 @@ _MADE_BY_UNIX, _MODE_0600 = 3 << 8 | _VERSION, 0o600 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """The parsed, unverified content of a bundle. `manifest`: the signed measurement manifest, if it came along."""
+    """The parsed, unverified content of a bundle; its class and None say what was left out (`redacted`).
 
-    request: bytes
-    acceptance: Acceptance
-    answer: Answer
+    `manifest`: the signed measurement manifest. `epoch`: the node's EPOCH in the operator's log. `witness`: a cosigned
+    checkpoint that extends the receipt's. `anchors`: timestamps. Each if it came along.
+    """
+
+    request: bytes | None
+    acceptance: Acceptance | Placed
+    answer: Answer | Reply | None
     receipt: bytes
     evidence: bytes
     manifest: bytes | None = None
+    epoch: bytes | None = None
+    witness: bytes | None = None
+    anchors: bytes | None = None
+
+    def __post_init__(self) -> None:
+        self._refuse_half_redacted()
+
+    @property
+    def redacted(self) -> tuple[Redaction, ...]:
+        """What was left out; empty for a whole bundle."""
+        left_out = {Redaction.PROMPT: self.request is None, Redaction.OUTPUT: self.answer is None}
+        return tuple(part for part, absent in left_out.items() if absent)
+
+    def _refuse_half_redacted(self) -> None:
+        """Raises `BundleError` (`bundle.redaction`) where a value or a salt is left of what was left out."""
+        whole = self.request is not None
+        held = {"accepted.cbor": isinstance(self.acceptance, Acceptance)}
+        if self.answer is not None:
+            held["answer.cbor"] = isinstance(self.answer, Answer)
+        for name, there in held.items():
+            if there != whole:
+                left = ("whole, as request.bin is", "without its prompt, as request.bin is left out")[not whole]
+                raise BundleError(f"{name}: expected {left}", code="bundle.redaction")
+        if whole or self.answer is None:
+            return
+        try:
+            records.parse_salts(self.answer.field_salts, REPLY_FIELDS)
+        except FormatError as err:
+            message = f"answer.cbor: expected the salts of {', '.join(REPLY_FIELDS)} alone"
+            raise BundleError(message, code="bundle.redaction") from err
+
+
+def redact(bundle: Bundle, *, prompt: bool = False, output: bool = False) -> Bundle:
+    """Leave out prompt or output with their salts. What is left out already stays so.
+
+    The prompt takes the fingerprints along: they follow from it, so whoever has the weights could try guesses on them.
+    Raises `FormatError` where the salts of the answer do not parse.
+    """
+    request, acceptance, answer = bundle.request, bundle.acceptance, bundle.answer
+    if prompt and request is not None:
+        request = None
+        acceptance = Placed(**{item.name: getattr(acceptance, item.name) for item in fields(Placed)})
+        if answer is not None:
+            salts = records.parse_salts(answer.field_salts, records.OUTCOME_FIELDS)
+            kept = records.encode_salts({name: salts[name] for name in REPLY_FIELDS})
+            answer = Reply(tokens=answer.tokens, text=answer.text, field_salts=kept)
+    return replace(bundle, request=request, acceptance=acceptance, answer=None if output else answer)
 
 
 def encode_bundle(bundle: Bundle) -> bytes:
     """The file's bytes. Raises `BundleError` (`bundle.size`)."""
-    entries = {
-        "request.bin": bundle.request,
-        "accepted.cbor": encode_acceptance(bundle.acceptance),
-        "answer.cbor": encode_answer(bundle.answer),
-        "receipt.cose": bundle.receipt,
-        "evidence.cbor": bundle.evidence,
-    }
-    if bundle.manifest is not None:
-        entries[OPTIONAL] = bundle.manifest
+    entries = entries_of(bundle)
     for name, data in entries.items():
-        if len(data) > _ENTRIES[name]:
-            raise BundleError(f"{name}: expected at most {_ENTRIES[name]} bytes, got {len(data)}", code="bundle.size")
+        if len(data) > ENTRIES[name]:
+            raise BundleError(f"{name}: expected at most {ENTRIES[name]} bytes, got {len(data)}", code="bundle.size")
     return _encode_zip({MANIFEST: _manifest(entries), **entries})
+
+
+def entries_of(bundle: Bundle) -> dict[str, bytes]:
+    """The entries below the manifest, by name and in order."""
+    parts = (
+        bundle.request,
+        encode_acceptance(bundle.acceptance),
+        encode_answer(bundle.answer),
+        *(bundle.receipt, bundle.evidence, bundle.manifest, bundle.epoch, bundle.witness, bundle.anchors),
+    )
+    return {name: data for name, data in zip(ENTRIES, parts, strict=True) if data is not None}
 
 
 def parse_bundle(data: bytes) -> Bundle:
     """Parse a bundle, accounting for every byte.
 
     Raises `BundleError`: `bundle.size`, `bundle.container` (not exactly our ZIP), `bundle.digest` (an entry differs
-    from the manifest); `FormatError` of an entry that does not parse.
+    from the manifest), `bundle.redaction` (redacted by half); `FormatError` of an entry that does not parse.
     """
     if len(data) > MAX_BUNDLE_BYTES:
         raise BundleError(f"bundle: expected at most {MAX_BUNDLE_BYTES} bytes, got {len(data)}", code="bundle.size")
@@ -96,7 +161,7 @@ def parse_bundle(data: bytes) -> Bundle:
     names = tuple(entries)
     if not names:
         raise BundleError("bundle: expected a file as `chat --bundle` writes it, got another", code="bundle.container")
-    if names not in ((MANIFEST, *_ENTRIES), (MANIFEST, *(name for name in _ENTRIES if name != OPTIONAL))):
+    if names != (MANIFEST, *(name for name in ENTRIES if name in entries or name in _ALWAYS)):
         raise BundleError(
             f"bundle: expected its fixed entries in order, got {', '.join(names)!r:.200}", code="bundle.container"
         )
@@ -106,17 +171,20 @@ def parse_bundle(data: bytes) -> Bundle:
         raise BundleError(message, code="bundle.container")
     manifest = entries.pop(MANIFEST)
     for name, content in entries.items():
-        if len(content) > _ENTRIES[name]:
-            raise BundleError(f"{name}: expected at most {_ENTRIES[name]} bytes", code="bundle.size")
+        if len(content) > ENTRIES[name]:
+            raise BundleError(f"{name}: expected at most {ENTRIES[name]} bytes", code="bundle.size")
     if manifest != _manifest(entries):
         raise BundleError("bundle: the entries are not the ones its manifest lists", code="bundle.digest")
     return Bundle(
-        request=entries["request.bin"],
+        request=entries.get("request.bin"),
         acceptance=parse_acceptance(entries["accepted.cbor"]),
         answer=parse_answer(entries["answer.cbor"]),
         receipt=entries["receipt.cose"],
         evidence=entries["evidence.cbor"],
-        manifest=entries.get(OPTIONAL),
+        manifest=entries.get("measurements.json"),
+        epoch=entries.get("epoch.cbor"),
+        witness=entries.get("witness.cbor"),
+        anchors=entries.get("anchors.cbor"),
     )
 
 
@@ -165,7 +233,7 @@ def _read_entries(data: bytes) -> dict[str, bytes]:
     """Names and contents by the local headers, up to the central directory; everything else is compared later."""
     entries: dict[str, bytes] = {}
     at = 0
-    while data[at : at + 4] == b"PK\3\4" and len(entries) <= len(_ENTRIES):
+    while data[at : at + 4] == b"PK\3\4" and len(entries) <= len(ENTRIES):
         if len(data) - at < _LOCAL.size:
             raise BundleError("bundle: ends inside a header", code="bundle.container")
         *_, size, name_size, _ = _LOCAL.unpack_from(data, at)

@@ -257,9 +257,10 @@ def _replay(args: argparse.Namespace) -> CountermarkError | None:
     if len(args.bundle) > 1:
         return _replay_many(args)
     verified = _verified(args, args.bundle[0], load_policy(args.policy))
+    receipt = verified.whole
     with terminal.progress("loading the weights"):
-        runner = load_runner(verified.receipt.intent.stack.profile, args.weights, args.device)
-    with terminal.progress(f"running {len(verified.receipt.answer.tokens)} tokens again"):
+        runner = load_runner(receipt.intent.stack.profile, args.weights, args.device)
+    with terminal.progress(f"running {len(receipt.answer.tokens)} tokens again"):
         result = replay(verified, runner, args.mode)
     if args.json:
         _print_json({"simulated": verified.verdict.simulated, **result.as_json()})

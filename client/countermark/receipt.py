@@ -11,6 +11,8 @@ steps continue the appraisal's numbers:
 17 the OUTCOME commits to exactly the tokens, text and fingerprints that were streamed; counts and end fit
 18 INTENT and OUTCOME stand in one log that grew from the attested head and the accepted checkpoint
 
+Of a redacted bundle, steps 12, 13 and 17 check what is there and end as SKIP, saying what they could not open.
+
 Not checked here: that prompt and text are what their tokens spell, that the tokens are what the model gives, and that a
 stop string was reached: replay does all of that, with the weights. Witness cosignatures: without them a log shown only
 to us cannot be told from the one shown to others.
@@ -19,7 +21,7 @@ to us cannot be told from the one shown to others.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from typing import Any, NoReturn
@@ -30,7 +32,16 @@ from countermark.asked import Asked, check_settings, parse_request
 from countermark.checks import Check, Status
 from countermark.errors import CountermarkError, LogError, ReceiptError, VerificationError, WeightsError
 from countermark.formats import records
-from countermark.formats.receipt import SIGNERS, Acceptance, Answer, Payload, parse_receipt, thumbprint
+from countermark.formats.receipt import (
+    SIGNERS,
+    Acceptance,
+    Answer,
+    Payload,
+    Placed,
+    Reply,
+    parse_receipt,
+    thumbprint,
+)
 from countermark.formats.records import Intent, Leaf, Outcome
 from countermark.tlog import merkle
 from countermark.tlog.checkpoint import ED25519, Checkpoint, LogKeys, verify_checkpoint
@@ -49,15 +60,14 @@ class Sealed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted(Sealed):
-    """A checked INTENT: the appliance has committed to our request, durably, before any token.
+class Committed(Sealed):
+    """A checked INTENT: the appliance had committed to a request, durably, before any token.
 
     `checks`: those of the verdict, then ours.
     """
 
     verdict: Verdict
-    request: bytes
-    acceptance: Acceptance
+    acceptance: Acceptance | Placed
     intent: Intent
     leaf: bytes  # leaf hash
     checkpoint: Checkpoint
@@ -69,12 +79,20 @@ class Accepted(Sealed):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedReceipt(Sealed):
-    """A checked receipt with everything it vouches for. `receipt`: the COSE_Sign bytes."""
+class Accepted(Committed):
+    """A checked INTENT that is our request's."""
 
-    accepted: Accepted
+    acceptance: Acceptance
+    request: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedactedReceipt(Sealed):
+    """A checked receipt with what it vouches for, as far as that was not left out. `receipt`: the COSE_Sign bytes."""
+
+    accepted: Committed
     outcome: Outcome
-    answer: Answer
+    answer: Answer | Reply | None
     receipt: bytes
     checkpoint: Checkpoint
     checks: tuple[Check, ...]
@@ -118,40 +136,28 @@ class CheckedReceipt(Sealed):
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedReceipt(RedactedReceipt):
+    """A checked receipt with everything it vouches for."""
+
+    accepted: Accepted
+    answer: Answer
+
+
 def verify_accepted(acceptance: Acceptance, verdict: Verdict, request: bytes) -> Accepted:
     """Steps 12 to 14: check the first message of a stream before any token is used.
 
     `request`: the exact bytes sent. Raises `FormatError`, `ReceiptError` (`receipt.*`), `WeightsError`
     (`receipt.weights_root`) or `LogError` (`log.*`); the error carries the checks made so far.
     """
-    _require_verdict(verdict)
-    steps = Steps(verdict.checks)
-    with steps.step("12", "the request was committed to, on this connection's evidence") as detail:
-        intent, asked = records.parse_intent(acceptance.record), parse_request(request)
-        _check_intent(intent, asked, acceptance, verdict, request)
-        detail.append(f"request {intent.request_id.hex()}; {len(acceptance.prompt_tokens)} prompt tokens")
-    with steps.step("13", "appraised stack, settings as asked") as detail:
-        _check_stack(intent, verdict)
-        check_settings(asked, intent)
-        sampling = intent.sampling
-        detail.append(f"{intent.stack.model}, {intent.stack.profile}; temperature {sampling.temperature:g}")
-        detail.append(
-            f"seed {sampling.seed} ({sampling.seed_origin}); {len(asked.settings)} settings as given or by default"
-        )
-    with steps.step("14", "INTENT in the log before the first token") as detail:
-        checkpoint = _open_checkpoint(acceptance.checkpoint, verdict)
-        leaf = records.leaf_for(intent, acceptance.record, acceptance.leaf_salt, acceptance.leaf_index)
-        hashed = _verify_leaf(leaf, acceptance.proof, checkpoint)
-        if acceptance.leaf_index < verdict.claims.log_size:
-            message = f"leaf index: expected at least the attested log size {verdict.claims.log_size}"
-            raise LogError(f"{message}, got {acceptance.leaf_index}", code="log.stale")
-        detail.append(f"leaf {acceptance.leaf_index} of {checkpoint.size}; {checkpoint.origin}")
+    steps = _begin(verdict)
+    intent, leaf, checkpoint = _verify_intent(steps, acceptance, verdict, request)
     return Accepted(
         verdict=verdict,
         request=request,
         acceptance=acceptance,
         intent=intent,
-        leaf=hashed,
+        leaf=leaf,
         checkpoint=checkpoint,
         checks=steps.done,
         seal=_SEAL,
@@ -170,26 +176,46 @@ def verify_receipt(
     if accepted.verdict is not verdict or accepted.request != request:
         raise ReceiptError("accepted: expected the one of this verdict and request", code="receipt.session", step="15")
     steps = Steps(accepted.checks)
-    with steps.step("15", "receipt signed by both attested keys") as detail:
-        parsed = parse_receipt(receipt)
-        for i, (role, algorithm) in enumerate(zip(_SIGNER_ROLES, SIGNERS, strict=True)):
-            name = algorithm.name.lower()
-            if parsed.kids[i] != thumbprint(verdict.keys[role].cose):
-                raise ReceiptError(f"kid of {algorithm.name}: expected the attested key's", code="receipt.kid")
-            if not verdict.keys[role].verify(parsed.signatures[i], parsed.signed[i]):
-                raise ReceiptError(f"the {algorithm.name} signature does not verify", code=f"receipt.{name}")
-            detail.append(f"{algorithm.name} {parsed.kids[i].hex()[:16]}")
-    payload = parsed.payload
-    with steps.step("16", "the accepted INTENT and its OUTCOME"):
-        outcome = _check_link(payload, accepted)
-    with steps.step("17", "the answer that was streamed") as detail:
-        _check_answer(outcome, answer, accepted)
-        detail.append(f"{outcome.output_count} tokens with fingerprints; finish reason {outcome.finish_reason}")
-    with steps.step("18", "one log, grown from the attested head") as detail:
-        checkpoint = _check_log(payload, outcome, accepted)
-        detail.append(f"sizes {verdict.claims.log_size}, {accepted.checkpoint.size}, {checkpoint.size}")
+    outcome, checkpoint = _verify_outcome(steps, receipt, accepted, answer)
     return CheckedReceipt(
         accepted=accepted,
+        outcome=outcome,
+        answer=answer,
+        receipt=receipt,
+        checkpoint=checkpoint,
+        checks=steps.done,
+        seal=_SEAL,
+    )
+
+
+def verify_redacted(
+    receipt: bytes,
+    verdict: Verdict,
+    *,
+    request: bytes | None,
+    acceptance: Acceptance | Placed,
+    answer: Answer | Reply | None,
+) -> RedactedReceipt:
+    """Steps 12 to 18 of what is left of an answer; `request` is None exactly when `acceptance` is `Placed`.
+
+    Raises as `verify_accepted` and `verify_receipt`.
+    """
+    if isinstance(acceptance, Acceptance) is (request is None):
+        raise TypeError("request: expected it exactly with the acceptance that opens it")
+    steps = _begin(verdict)
+    intent, leaf, accepted_checkpoint = _verify_intent(steps, acceptance, verdict, request)
+    committed = Committed(
+        verdict=verdict,
+        acceptance=acceptance,
+        intent=intent,
+        leaf=leaf,
+        checkpoint=accepted_checkpoint,
+        checks=steps.done,
+        seal=_SEAL,
+    )
+    outcome, checkpoint = _verify_outcome(steps, receipt, committed, answer)
+    return RedactedReceipt(
+        accepted=committed,
         outcome=outcome,
         answer=answer,
         receipt=receipt,
@@ -214,8 +240,11 @@ class Steps:
         self._checks.append(Check(step=number, name=name, status=Status.SKIP, detail=detail))
 
     @contextmanager
-    def step(self, number: str, name: str) -> Iterator[list[str]]:
-        """Run one step; what it appends to the yielded list becomes the check's detail."""
+    def step(self, number: str, name: str, *, without: str = "") -> Iterator[list[str]]:
+        """Run one step; what it appends to the yielded list becomes the check's detail.
+
+        `without`: what the step could not look at. It then ends as SKIP or FAIL, never as PASS.
+        """
         details: list[str] = []
         try:
             yield details
@@ -223,12 +252,80 @@ class Steps:
             failed = Check(step=number, name=name, status=Status.FAIL, detail=str(err), code=err.code)
             err.step, err.checks = number, (*self._checks, failed)
             raise
-        self._checks.append(Check(step=number, name=name, status=Status.PASS, detail="; ".join(details)))
+        status = Status.SKIP if without else Status.PASS
+        detail = "; ".join([f"not looked at, since left out: {without}", *details] if without else details)
+        self._checks.append(Check(step=number, name=name, status=status, detail=detail))
 
 
-def _check_intent(intent: Intent, asked: Asked, acceptance: Acceptance, verdict: Verdict, request: bytes) -> None:
-    _same("boot id", verdict.boot_id, intent.boot_id, "receipt.boot")
-    _same("quote digest", verdict.quote_digest, intent.quote_digest, "receipt.quote")
+def _begin(verdict: Verdict) -> Steps:
+    _require_verdict(verdict)
+    return Steps(verdict.checks)
+
+
+def _verify_intent(
+    steps: Steps, acceptance: Acceptance | Placed, verdict: Verdict, request: bytes | None
+) -> tuple[Intent, bytes, Checkpoint]:
+    """Steps 12 to 14: the INTENT, its leaf hash, its checkpoint."""
+    without = "" if request is not None else "request and prompt tokens"
+    with steps.step("12", "the request was committed to, on this connection's evidence", without=without) as detail:
+        intent = records.parse_intent(acceptance.record)
+        asked = None if request is None else parse_request(request)
+        _same("boot id", verdict.boot_id, intent.boot_id, "receipt.boot")
+        _same("quote digest", verdict.quote_digest, intent.quote_digest, "receipt.quote")
+        detail.append(f"request {intent.request_id.hex()}")
+        if request is not None and asked is not None and isinstance(acceptance, Acceptance):
+            _check_request(intent, asked, acceptance, request)
+            detail.append(f"{len(acceptance.prompt_tokens)} prompt tokens")
+    without = "" if request is not None else "the settings as asked"
+    with steps.step("13", "appraised stack, settings as asked", without=without) as detail:
+        _check_stack(intent, verdict)
+        sampling = intent.sampling
+        detail.append(f"{intent.stack.model}, {intent.stack.profile}; temperature {sampling.temperature:g}")
+        detail.append(f"seed {sampling.seed} ({sampling.seed_origin})")
+        if asked is not None:
+            check_settings(asked, intent)
+            detail.append(f"{len(asked.settings)} settings as given or by default")
+    with steps.step("14", "INTENT in the log before the first token") as detail:
+        checkpoint = _open_checkpoint(acceptance.checkpoint, verdict)
+        leaf = records.leaf_for(intent, acceptance.record, acceptance.leaf_salt, acceptance.leaf_index)
+        hashed = _verify_leaf(leaf, acceptance.proof, checkpoint)
+        if acceptance.leaf_index < verdict.claims.log_size:
+            message = f"leaf index: expected at least the attested log size {verdict.claims.log_size}"
+            raise LogError(f"{message}, got {acceptance.leaf_index}", code="log.stale")
+        detail.append(f"leaf {acceptance.leaf_index} of {checkpoint.size}; {checkpoint.origin}")
+    return intent, hashed, checkpoint
+
+
+def _verify_outcome(
+    steps: Steps, receipt: bytes, accepted: Committed, answer: Answer | Reply | None
+) -> tuple[Outcome, Checkpoint]:
+    """Steps 15 to 18: the OUTCOME and the receipt's checkpoint."""
+    verdict = accepted.verdict
+    with steps.step("15", "receipt signed by both attested keys") as detail:
+        parsed = parse_receipt(receipt)
+        for i, (role, algorithm) in enumerate(zip(_SIGNER_ROLES, SIGNERS, strict=True)):
+            name = algorithm.name.lower()
+            if parsed.kids[i] != thumbprint(verdict.keys[role].cose):
+                raise ReceiptError(f"kid of {algorithm.name}: expected the attested key's", code="receipt.kid")
+            if not verdict.keys[role].verify(parsed.signatures[i], parsed.signed[i]):
+                raise ReceiptError(f"the {algorithm.name} signature does not verify", code=f"receipt.{name}")
+            detail.append(f"{algorithm.name} {parsed.kids[i].hex()[:16]}")
+    payload = parsed.payload
+    with steps.step("16", "the accepted INTENT and its OUTCOME"):
+        outcome = _check_link(payload, accepted)
+    there = {"tokens and text": answer is not None, "fingerprints": isinstance(answer, Answer)}
+    without = ", ".join(name for name, held in there.items() if not held)
+    with steps.step("17", "the answer that was streamed", without=without) as detail:
+        _check_answer(outcome, answer, accepted)
+        held = " and ".join(name for name, held in there.items() if held) or "counts and end"
+        detail.append(f"{held} of {outcome.output_count} tokens; finish reason {outcome.finish_reason}")
+    with steps.step("18", "one log, grown from the attested head") as detail:
+        checkpoint = _check_log(payload, outcome, accepted)
+        detail.append(f"sizes {verdict.claims.log_size}, {accepted.checkpoint.size}, {checkpoint.size}")
+    return outcome, checkpoint
+
+
+def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request: bytes) -> None:
     _same("nonce", asked.nonce, intent.nonce, "receipt.nonce")
     salts = records.parse_salts(acceptance.field_salts, records.INTENT_FIELDS)
     tokens = records.encode_tokens(acceptance.prompt_tokens)
@@ -259,7 +356,7 @@ def _check_stack(intent: Intent, verdict: Verdict) -> None:
     _same("kernel digest", verdict.kernel_digest, stack.kernel_digest, "receipt.kernel_digest")
 
 
-def _check_link(payload: Payload, accepted: Accepted) -> Outcome:
+def _check_link(payload: Payload, accepted: Committed) -> Outcome:
     acceptance, intent = accepted.acceptance, payload.intent
     if (intent.record, intent.salt, intent.index) != (
         acceptance.record,
@@ -275,47 +372,53 @@ def _check_link(payload: Payload, accepted: Accepted) -> Outcome:
     return outcome
 
 
-def _check_answer(outcome: Outcome, answer: Answer, accepted: Accepted) -> None:
-    salts = records.parse_salts(answer.field_salts, records.OUTCOME_FIELDS)
-    values: Mapping[str, bytes] = {
-        "output_tokens": records.encode_tokens(answer.tokens),
-        "output_text": answer.text.encode(),
-        "fingerprints": b"".join(answer.fingerprints),
-    }
+def _check_answer(outcome: Outcome, answer: Answer | Reply | None, accepted: Committed) -> None:
+    values: dict[str, bytes] = {}
+    if answer is not None:
+        values = {"output_tokens": records.encode_tokens(answer.tokens), "output_text": answer.text.encode()}
+    if isinstance(answer, Answer):
+        values["fingerprints"] = b"".join(answer.fingerprints)
+    salts = {} if answer is None else records.parse_salts(answer.field_salts, tuple(values))
     for name, value in values.items():
         commitment = records.field_commitment(name, salts[name], value)
         _same(name, commitment, getattr(outcome, name), f"receipt.{name}")
-    counts = (len(accepted.acceptance.prompt_tokens), len(answer.tokens), len(answer.fingerprints))
-    if counts != (outcome.prompt_count, outcome.output_count, outcome.output_count):
+    intent, acceptance = accepted.intent, accepted.acceptance
+    counts = [(len(acceptance.prompt_tokens), outcome.prompt_count)] if isinstance(acceptance, Acceptance) else []
+    if answer is not None:
+        counts.append((len(answer.tokens), outcome.output_count))
+    if isinstance(answer, Answer):
+        counts.append((len(answer.fingerprints), outcome.output_count))
+    if any(count != recorded for count, recorded in counts):
         raise ReceiptError("token counts: expected those of the answer", code="receipt.counts")
-    if any(len(item) != records.FINGERPRINT_BYTES for item in answer.fingerprints):
+    if isinstance(answer, Answer) and any(len(item) != records.FINGERPRINT_BYTES for item in answer.fingerprints):
         message = f"fingerprints: expected {records.FINGERPRINT_BYTES} bytes for each token"
         raise ReceiptError(message, code="receipt.fingerprints")
-    intent = accepted.intent
     if outcome.cached_count > outcome.prompt_count or outcome.output_count > intent.max_tokens:
         raise ReceiptError("token counts: expected within prompt and max_tokens", code="receipt.counts")
-    _check_end(outcome.finish_reason, intent, answer)
+    _check_end(outcome, intent, answer)
 
 
-def _check_end(reason: str, intent: Intent, answer: Answer) -> None:
+def _check_end(outcome: Outcome, intent: Intent, answer: Reply | None) -> None:
     """As far as token ids and text show it: the answer ends where the INTENT makes it end, and not later.
 
-    Whether a stop string was reached only the tokenizer knows (`countermark.replay`).
+    Whether a stop string was reached only the tokenizer knows (`countermark.replay`). Without the output: whether there
+    can be such an end at all.
     """
-    stop_tokens = () if intent.ignore_eos else intent.stop_tokens
-    ends = [token in stop_tokens for token in answer.tokens]
+    reason, stop_tokens = outcome.finish_reason, () if intent.ignore_eos else intent.stop_tokens
+    ends = [] if answer is None else [token in stop_tokens for token in answer.tokens]
+    last = ends[-1] if ends else None  # None: not known
     fits = {
-        "eos": bool(ends) and ends[-1],
-        "stop": bool(ends) and not ends[-1] and bool(intent.stop),
-        "length": bool(ends) and not ends[-1] and len(ends) == intent.max_tokens,
+        "eos": bool(stop_tokens) if last is None else last,
+        "stop": not last and bool(intent.stop),
+        "length": not last and outcome.output_count == intent.max_tokens,
     }
-    if not fits[reason] or any(ends[:-1]):
+    if not fits[reason] or not outcome.output_count or any(ends[:-1]):
         raise ReceiptError(f"finish reason: {reason} does not fit the answer", code="receipt.finish_reason")
-    if any(text in answer.text for text in intent.stop):
+    if answer is not None and any(text in answer.text for text in intent.stop):
         raise ReceiptError("text: expected to end before any stop string", code="receipt.finish_reason")
 
 
-def _check_log(payload: Payload, outcome: Outcome, accepted: Accepted) -> Checkpoint:
+def _check_log(payload: Payload, outcome: Outcome, accepted: Committed) -> Checkpoint:
     verdict = accepted.verdict
     checkpoint = _open_checkpoint(payload.checkpoint, verdict)
     for record, proven in ((accepted.intent, payload.intent), (outcome, payload.outcome)):

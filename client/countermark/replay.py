@@ -222,9 +222,9 @@ def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode |
     """Run a verified answer again and compare, up to the first difference; in the order the module's docstring gives.
 
     Raises `WeightsError` (`replay.weights_root`: the runner has other weights; `replay.artefact`: the record says of
-    these weights what is not so), `Undecidable`: `profile.retired`, `replay.profile` (the runner executes another
-    profile), `replay.hardware` (the profile promises nothing across machines); `FormatError` on a record that cannot be
-    run.
+    these weights what is not so), `Undecidable`: `profile.retired`, `replay.redacted` (prompt or output were left out),
+    `replay.profile` (the runner executes another profile), `replay.hardware` (the profile promises nothing across
+    machines); `FormatError` on a record that cannot be run.
     """
     ((_, outcome),) = replay_many([verified], runner, mode)
     if isinstance(outcome, CountermarkError):
@@ -243,8 +243,8 @@ def replay_many(
     waiting: list[tuple[int, CheckedReceipt, Mapping[str, str]]] = []
     settled: set[int] = set()
     for number, verified in enumerate(answers):
-        receipt = verified.receipt if isinstance(verified, Verification) else verified
         try:
+            receipt = verified.whole if isinstance(verified, Verification) else verified
             local = _runnable_on(receipt, runner)
             divergence = _prompt(receipt, runner)
             if divergence is None and mode is Mode.AUDIT:

@@ -4,6 +4,9 @@
 describes the appraised image (SKIP without one: the policy's own reference values were used) · 20 witnesses: this
 version knows none, so every result is labelled `unwitnessed`.
 
+A redacted bundle is verified as far as it goes, and says so: `redacted`, and a SKIP for each step that could not look
+at what was left out. What is left is proven as if nothing were missing; nothing is replayed of it.
+
 No network and no clock: the time is an argument. Claims about the connection (nonce, exporter) are assertions of the
 bundle's maker, so a bundle shows that the appliance answered this request, not who asked.
 """
@@ -16,10 +19,19 @@ from typing import Any, Final
 from countermark.appraise import Scope, TimeBasis, Verdict, appraise
 from countermark.bundle import Bundle
 from countermark.checks import Check
-from countermark.errors import MeasurementError
+from countermark.errors import MeasurementError, Undecidable
+from countermark.formats.receipt import Acceptance, Answer, Redaction
 from countermark.numerics import refuse_retired
 from countermark.policy import Policy, verify_manifest
-from countermark.receipt import CheckedReceipt, Sealed, Steps, verify_accepted, verify_receipt
+from countermark.receipt import (
+    CheckedReceipt,
+    RedactedReceipt,
+    Sealed,
+    Steps,
+    verify_accepted,
+    verify_receipt,
+    verify_redacted,
+)
 
 UNWITNESSED: Final = "unwitnessed"
 _SEAL: Final = object()
@@ -27,9 +39,10 @@ _SEAL: Final = object()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification(Sealed):
-    """A verified bundle: everything it says holds as far as its checks go."""
+    """A verified bundle: everything it says holds as far as its checks go. `redacted`: what it does not say."""
 
-    receipt: CheckedReceipt
+    receipt: RedactedReceipt
+    redacted: tuple[Redaction, ...]
     checks: tuple[Check, ...]
     witnesses: str
     seal: InitVar[object]
@@ -42,13 +55,21 @@ class Verification(Sealed):
     def verdict(self) -> Verdict:
         return self.receipt.verdict
 
+    @property
+    def whole(self) -> CheckedReceipt:
+        """The receipt with all it vouches for. Raises `Undecidable` (`replay.redacted`) when some was left out."""
+        if not isinstance(self.receipt, CheckedReceipt):
+            message = f"bundle: expected prompt and output, to run them again, got {', '.join(self.redacted)} left out"
+            raise Undecidable(message, code="replay.redacted")
+        return self.receipt
+
     def __str__(self) -> str:
         """One line for people."""
-        answer, intent = self.receipt.answer, self.receipt.intent
+        outcome, stack = self.receipt.outcome, self.receipt.intent.stack
+        redacted = f", redacted: {', '.join(self.redacted)}" if self.redacted else ""
         return (
-            f"verified{' (SIMULATED platform)' if self.verdict.simulated else ''}: {len(answer.tokens)} tokens by"
-            f" {intent.stack.model} under {intent.stack.profile}, {self.witnesses}, time"
-            f" {self.verdict.time_basis.value}"
+            f"verified{' (SIMULATED platform)' if self.verdict.simulated else ''}: {outcome.output_count} tokens by"
+            f" {stack.model} under {stack.profile}{redacted}, {self.witnesses}, time {self.verdict.time_basis.value}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -56,6 +77,7 @@ class Verification(Sealed):
         return {
             "simulated": self.verdict.simulated,
             "verification": "accept",
+            "redacted": [part.value for part in self.redacted],
             "witnesses": self.witnesses,
             "checks": [check.as_json() for check in self.checks],
             "verdict": self.verdict.as_json(),
@@ -81,8 +103,7 @@ def verify_bundle(
     verdict = appraise(
         bundle.evidence, policy, now=at, scope=Scope.BUNDLE, time_basis=time_basis, endorsements=endorsements
     )
-    accepted = verify_accepted(bundle.acceptance, verdict, bundle.request)
-    receipt = verify_receipt(bundle.receipt, verdict, request=bundle.request, accepted=accepted, answer=bundle.answer)
+    receipt = _verify_receipt(bundle, verdict)
     steps = Steps(receipt.checks)
     if bundle.manifest is None:
         steps.skip("19", "measurement manifest", "none in the bundle; the policy's own reference values were used")
@@ -95,4 +116,13 @@ def verify_bundle(
             detail.append(f"image {image.image_id.hex()}, version {image.version}")
     steps.skip("20", "log witnesses", f"{UNWITNESSED}: nobody else is known to have seen this log")
     refuse_retired(verdict.profile, steps.done)
-    return Verification(receipt=receipt, checks=steps.done, witnesses=UNWITNESSED, seal=_SEAL)
+    return Verification(receipt=receipt, redacted=bundle.redacted, checks=steps.done, witnesses=UNWITNESSED, seal=_SEAL)
+
+
+def _verify_receipt(bundle: Bundle, verdict: Verdict) -> RedactedReceipt:
+    """Steps 12 to 18."""
+    request, acceptance, answer = bundle.request, bundle.acceptance, bundle.answer
+    if request is not None and isinstance(acceptance, Acceptance) and isinstance(answer, Answer):
+        accepted = verify_accepted(acceptance, verdict, request)
+        return verify_receipt(bundle.receipt, verdict, request=request, accepted=accepted, answer=answer)
+    return verify_redacted(bundle.receipt, verdict, request=request, acceptance=acceptance, answer=answer)

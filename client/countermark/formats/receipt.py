@@ -1,10 +1,14 @@
-"""The receipt of one answer as COSE_Sign (RFC 9052), and the two messages that stand beside it.
+"""The receipt of one answer as COSE_Sign (RFC 9052), and the two messages that stand beside it, whole or redacted.
 
 Body protected header: {crit: ["required"], content type, "required": [[ES256, kid], [ML-DSA-65, kid]]}; exactly these
 two signers in this order, each with the protected header {alg, kid}; unprotected maps empty; tag 98; payload attached.
 Signed: Sig_structure ["Signature", body protected, signer protected, "countermark/receipt/v1", payload]. kid is the
 COSE key thumbprint (RFC 9679, SHA-256). ES256 is r || s with the low s. ML-DSA-65 is the pure form of FIPS 204 with
 the empty context string, as RFC 9964 has it; the external_aad separates contexts.
+
+Redacted, a message has null where a value was left out, and no salt of what was left out: a salt is what makes a guess
+checkable. Without its prompt an Acceptance is `Placed`, and an Answer is a `Reply`, since fingerprints follow from the
+prompt; without its output an answer is None. Anything between is no format of ours.
 
 Not checked here: the signatures and every statement in the payload; `countermark.receipt` does that.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from countermark.errors import FormatError
@@ -69,27 +74,46 @@ class Receipt:
     signed: tuple[bytes, bytes]
 
 
+class Redaction(StrEnum):
+    """What was left out of a bundle, with its salts."""
+
+    PROMPT = "prompt"
+    OUTPUT = "output"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Acceptance:
-    """The first message of a stream: the INTENT and its place in the log, before any token."""
+class Placed:
+    """An INTENT and its place in the log. All that is left of an `Acceptance` whose prompt was left out."""
 
     record: bytes
     leaf_salt: bytes
-    field_salts: bytes
     leaf_index: int
     proof: tuple[bytes, ...]
     checkpoint: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance(Placed):
+    """The first message of a stream: the INTENT and its place in the log, before any token."""
+
+    field_salts: bytes
     prompt_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What was streamed, and the salts that open the OUTCOME's commitments to it."""
+class Reply:
+    """The output, and the salts that open the OUTCOME's commitments to it. Left of an `Answer` without its prompt."""
 
     tokens: tuple[int, ...]
     text: str
-    fingerprints: tuple[bytes, ...]  # 16 bytes for each token
     field_salts: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Reply):
+    """What was streamed, and the salts that open the OUTCOME's commitments to all of it."""
+
+    fingerprints: tuple[bytes, ...]  # 16 bytes for each token
 
 
 def thumbprint(key: CoseKey) -> bytes:
@@ -155,76 +179,109 @@ def parse_receipt(data: bytes) -> Receipt:
     )
 
 
-def encode_acceptance(value: Acceptance) -> bytes:
+def encode_acceptance(value: Placed) -> bytes:
     """Deterministic CBOR, as the bundle keeps it."""
+    whole = value if isinstance(value, Acceptance) else None
     return cbor.encode(
         {
             "v": VERSION,
             "record": value.record,
             "leaf_salt": value.leaf_salt,
-            "field_salts": value.field_salts,
+            "field_salts": None if whole is None else whole.field_salts,
             "leaf_index": value.leaf_index,
             "proof": value.proof,
             "checkpoint": value.checkpoint,
-            "prompt_tokens": value.prompt_tokens,
+            "prompt_tokens": None if whole is None else whole.prompt_tokens,
         }
     )
 
 
-def parse_acceptance(data: bytes) -> Acceptance:
-    """Inverse of `encode_acceptance`. Raises `FormatError`: `cbor.*`, `accepted.field`."""
+def parse_acceptance(data: bytes) -> Acceptance | Placed:
+    """Inverse of `encode_acceptance`. Raises `FormatError`: `cbor.*`, `accepted.field`, `bundle.redaction`."""
     value = cbor.fields(
         cbor.decode(data),
         "accepted",
         v=int,
         record=bytes,
         leaf_salt=bytes,
-        field_salts=bytes,
+        field_salts=(bytes, type(None)),
         leaf_index=int,
         proof=list,
         checkpoint=bytes,
-        prompt_tokens=list,
+        prompt_tokens=(list, type(None)),
     )
     _check_version(value, "accepted")
-    return Acceptance(
+    placed = Placed(
         record=value["record"],
         leaf_salt=value["leaf_salt"],
-        field_salts=value["field_salts"],
         leaf_index=_index(value["leaf_index"], "accepted"),
         proof=_hashes(value["proof"], "accepted"),
         checkpoint=value["checkpoint"],
+    )
+    if _left_out(value, "accepted", "prompt_tokens", "field_salts"):
+        return placed
+    return Acceptance(
+        record=placed.record,
+        leaf_salt=placed.leaf_salt,
+        leaf_index=placed.leaf_index,
+        proof=placed.proof,
+        checkpoint=placed.checkpoint,
+        field_salts=value["field_salts"],
         prompt_tokens=_tokens(value["prompt_tokens"], "accepted"),
     )
 
 
-def encode_answer(value: Answer) -> bytes:
+def encode_answer(value: Reply | None) -> bytes:
     """Deterministic CBOR, as the bundle keeps it."""
     return cbor.encode(
         {
             "v": VERSION,
-            "tokens": value.tokens,
-            "text": value.text,
-            "fingerprints": b"".join(value.fingerprints),
-            "field_salts": value.field_salts,
+            "tokens": None if value is None else value.tokens,
+            "text": None if value is None else value.text,
+            "fingerprints": b"".join(value.fingerprints) if isinstance(value, Answer) else None,
+            "field_salts": None if value is None else value.field_salts,
         }
     )
 
 
-def parse_answer(data: bytes) -> Answer:
-    """Inverse of `encode_answer`. Raises `FormatError`: `cbor.*`, `answer.field`."""
+def parse_answer(data: bytes) -> Answer | Reply | None:
+    """Inverse of `encode_answer`. Raises `FormatError`: `cbor.*`, `answer.field`, `bundle.redaction`."""
     value = cbor.fields(
-        cbor.decode(data), "answer", v=int, tokens=list, text=str, fingerprints=bytes, field_salts=bytes
+        cbor.decode(data),
+        "answer",
+        v=int,
+        tokens=(list, type(None)),
+        text=(str, type(None)),
+        fingerprints=(bytes, type(None)),
+        field_salts=(bytes, type(None)),
     )
     _check_version(value, "answer")
-    tokens, fingerprints = _tokens(value["tokens"], "answer"), value["fingerprints"]
-    if len(fingerprints) != FINGERPRINT_BYTES * len(tokens) or len(value["text"]) > MAX_TEXT_BYTES:
+    if _left_out(value, "answer", "tokens", "text", "field_salts"):
+        _left_out(value, "answer", "tokens", "fingerprints")
+        return None
+    tokens, text, salts, fingerprints = (value[name] for name in ("tokens", "text", "field_salts", "fingerprints"))
+    tokens = _tokens(tokens, "answer")
+    if len(text) > MAX_TEXT_BYTES:
+        raise FormatError(f"answer.text: expected at most {MAX_TEXT_BYTES} characters", code="answer.field")
+    if fingerprints is None:
+        return Reply(tokens=tokens, text=text, field_salts=salts)
+    if len(fingerprints) != FINGERPRINT_BYTES * len(tokens):
         raise FormatError("answer: expected one 16-byte fingerprint for each token", code="answer.field")
     return Answer(
         tokens=tokens,
-        text=value["text"],
+        text=text,
         fingerprints=tuple(fingerprints[i : i + 16] for i in range(0, len(fingerprints), FINGERPRINT_BYTES)),
-        field_salts=value["field_salts"],
+        field_salts=salts,
     )
+
+
+def _left_out(value: dict[str, Any], what: str, *names: str) -> bool:
+    """Whether all of these were left out. Raises `FormatError` (`bundle.redaction`) where only some were."""
+    absent = [name for name in names if value[name] is None]
+    if absent and len(absent) != len(names):
+        message = f"{what}: expected {', '.join(names)} all there or all left out, got {', '.join(absent)} left out"
+        raise FormatError(message, code="bundle.redaction")
+    return bool(absent)
 
 
 def _protected(kids: Sequence[bytes]) -> tuple[bytes, tuple[bytes, ...]]:

@@ -199,7 +199,8 @@ def acceptance(message: pb.Accepted) -> Acceptance:
         checkpoint=message.checkpoint,
         prompt_tokens=tuple(message.prompt_tokens),
     )
-    return parse_acceptance(encode_acceptance(value))
+    parse_acceptance(encode_acceptance(value))
+    return value
 
 
 def parse_response(data: bytes) -> pb.GenerateResponse:
