@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from countermark.checks import rfc3339
 from countermark.errors import FormatError
+from countermark.formats import dice
 from countermark.formats.quote import parse_pem_chain as pem_to_der
 
 MAX_CERTIFICATES: Final = 8
@@ -33,7 +34,8 @@ MAX_CRL_BYTES: Final = 4 * 1024 * 1024
 _READ: Final = (  # critical extensions that are judged, by `verify_chain` or by its callers
     x509.BasicConstraints.oid,
     x509.KeyUsage.oid,
-    x509.ObjectIdentifier("2.23.133.5.4.1"),  # DICE TcbInfo: the firmware identifier of GPU certificates
+    x509.ObjectIdentifier(dice.COMPOSITE_DEVICE_ID),  # the firmware of a GPU's device certificate, Hopper's form
+    x509.ObjectIdentifier(dice.TCB_INFO),  # the same, Blackwell's
 )
 _UNREADABLE: Final = (
     ValueError,

@@ -18,6 +18,8 @@ from typing import Final
 from countermark.errors import FormatError
 from countermark.formats.der import INTEGER, OCTET_STRING, OID, SEQUENCE, Element, parse_elements, parse_sequence
 
+COMPOSITE_DEVICE_ID: Final = "2.23.133.5.4.1"
+TCB_INFO: Final = "2.23.133.5.4.1.1"
 FWID_BYTES: Final = 48
 _SHA384: Final = bytes.fromhex("608648016503040202")  # 2.16.840.1.101.3.4.2.2
 _FWIDS: Final = 0xA6  # [6] IMPLICIT SEQUENCE OF

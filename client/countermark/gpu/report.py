@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from countermark import x509chain
 from countermark.errors import FormatError, GpuError
+from countermark.formats import dice
 from countermark.formats.boot_events import GpuMode
 from countermark.formats.dice import DiceIdentity, parse_dice
 from countermark.formats.spdm import (
@@ -37,8 +38,8 @@ from countermark.formats.spdm import (
     signed_part,
 )
 
-DICE_FWID: Final = x509.ObjectIdentifier("2.23.133.5.4.1")
-DICE_TCB_INFO: Final = x509.ObjectIdentifier("2.23.133.5.4.1.1")
+DICE_FWID: Final = x509.ObjectIdentifier(dice.COMPOSITE_DEVICE_ID)
+DICE_TCB_INFO: Final = x509.ObjectIdentifier(dice.TCB_INFO)
 _PROTECTED_PCIE: Final = {
     bytes((STATUS_ENABLED,)): GpuMode.CC_PROTECTED_PCIE,
     bytes((STATUS_DISABLED,)): GpuMode.CC_ON,
