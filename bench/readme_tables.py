@@ -154,6 +154,7 @@ def engine_table(result: dict[str, Any], *, steps: bool = True) -> str:
     for name, rates in other["rows"].items():
         lines.append(row(f"{name} (another run)", listed(rates), figures(profile)))
     lines += [row(f"limit of this GPU, {name}", listed(limit)) for name, limit in limits.items()]
+    beside = "transformers" in found
     lines += [
         "",
         f"Shapes of {shape['name']}, generated weights, the whole engine: scheduler, sampler, fingerprints, text.",
@@ -161,6 +162,7 @@ def engine_table(result: dict[str, Any], *, steps: bool = True) -> str:
         f"the median of stretches of 16 steps{_below_median(found.get(profile, {}))}.",
         f"TTFT: a prompt of {size['context']:,} tokens alone. In brackets how many times faster we were.",
         *(["bf16: cuBLAS and SDPA behind the same scheduler."] if "bf16" in found else []),
+        *(["transformers launches each kernel from Python, so it decodes as fast as the host."] if beside else []),
         *_another_run(other, found.get("machine", {}).get("limits")),
     ]
     if limits:
@@ -266,18 +268,6 @@ def parity_lines(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def repeated_lines(results: dict[str, dict[str, Any]]) -> str:
-    """Comparisons of later kernels that did not reach the end of all models, by file name."""
-    lines = [
-        f"Kernels of digest `{r['environment']['kernel_digest'][:16]}`, changed for the engine, again on"
-        f" {len(r['models'])} of these models:\n{_summed(r, 'prompts'):,} prompts, {_summed(r, 'positions'):,}"
-        f" positions, **{_summed(r, 'mismatches')} differences**"
-        f" ([{r['environment']['device']}](bench/results/{name}))."
-        for name, r in results.items()
-    ]
-    return "".join(f"\n{line}" for line in lines)
-
-
 def determinism_lines(reports: dict[str, dict[str, Any]]) -> str:
     """What the determinism suite found on each machine, by file name."""
     lines = []
@@ -348,7 +338,7 @@ def rendered() -> dict[str, str]:
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),
-        "parity": parity_lines(_read("parity-*.json")) + "\n" + repeated_lines(_read("partial-parity-*.json")),
+        "parity": parity_lines(_read("parity-*.json")),
         "determinism": determinism_lines(_read("determinism-*.json")),
         "quality": quality_table(json.loads((RESULTS / "quality-cpu.json").read_text())),
     }
