@@ -67,6 +67,16 @@ def test_everything_that_is_wrong_is_listed(evidence: Evidence) -> None:
     assert [check["code"] for check in result["checks"] if check["code"]] == ["tdx.debug"]
 
 
+def test_a_refused_platform_is_shown_with_its_rating(evidence: Evidence) -> None:
+    claims = tdx(evidence, "outofdate-00a06d")[0]["claims"]
+    assert (claims["tcb_status"], claims["fmspc"]) == ("OutOfDate", "00a06d080000")
+    assert claims["quote"] == "signatures verify, and step 3 refuses the platform"
+    claims = tdx(evidence, "no-sept-ve")[0]["claims"]
+    assert (claims["tcb_status"], claims["quote"]) == (None, "not verified: step 3 did not pass")
+    late = tdx(evidence, "dstack-90c06f", "--at", "now")[0]["claims"]  # endorsements that do not hold rate nobody
+    assert (late["tcb_status"], late["quote"]) == (None, "not verified: step 3 did not pass")
+
+
 def test_a_policy_may_allow_an_out_of_date_platform_until_a_date(tmp_path: Path, evidence: Evidence) -> None:
     at = vectors.TDX_AT["outofdate-00a06d"]
     strict = new_policy(Profile.PRODUCTION, now=at)

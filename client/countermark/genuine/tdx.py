@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any, Final
 
 from countermark.appraise import STEPS, TimeBasis
-from countermark.errors import FormatError, MeasurementError, QuoteError
+from countermark.errors import FormatError, MeasurementError, QuoteError, VerificationError
 from countermark.formats.quote import Quote, TdReport, parse_quote, quote_digest
 from countermark.genuine.result import Checks, FileAppraisal, hex_or_binary, verify_policy_time
 from countermark.policy import Policy
@@ -19,7 +20,7 @@ from countermark.tdx.eventlogs import (
     require_digests,
     require_replay,
 )
-from countermark.tdx.quote import Platform, verify_quote, verify_root
+from countermark.tdx.quote import Platform, rate_platform, verify_quote, verify_root
 from countermark.tdx.td import verify_td
 
 _PARSES: Final = "the quote parses"
@@ -48,21 +49,28 @@ def appraise_tdx_files(
         checks.skip("2", _ROOT, _NO_QUOTE)
     else:
         checks.hold("2", _ROOT, f"SHA-256 {policy.tdx_root.hex()}", lambda: verify_root(parsed, policy))
+    endorsed = False
     if endorsements is None:
         checks.skip("2", _ENDORSED, _NO_ENDORSEMENTS)
     else:
-        checks.run("2", _ENDORSED, lambda: (None, verify_endorsements(endorsements, policy, now=now)))
-    platform = None
+        endorsed = checks.run("2", _ENDORSED, partial(_endorsed, endorsements, policy, now)) is not None
+    platform = rated = None
     if parsed is None or endorsements is None:
         checks.skip("3", _RATED, _NO_QUOTE if parsed is None else _NO_ENDORSEMENTS)
     else:
-        platform = _rate(checks, data, parsed, endorsements, policy, now)
+        platform = rated = checks.run("3", _RATED, partial(_verify, data, parsed, endorsements, policy, now))
+        if endorsed and rated is None:  # refused by the policy perhaps; what it refused is known all the same
+            rated = _rate(data, parsed, endorsements, policy, now)
     if parsed is None:
         checks.skip("4", _TD, _NO_QUOTE)
-    else:
-        checks.run("4", _TD, lambda: (None, verify_td(parsed.body, policy)))
-    claims = {} if parsed is None else _tdx_claims(data, parsed, platform)
+    elif checks.run("4", _TD, lambda: (True, verify_td(parsed.body, policy))) is None and not endorsed:
+        rated = None  # dcap-qvl does not rate such a TD, so nobody has looked at the endorsements' signatures
+    claims = {} if parsed is None else _tdx_claims(data, parsed, platform is not None, rated)
     return checks.done(claims, simulated=policy.simulated, now=now, basis=basis)
+
+
+def _endorsed(endorsements: Endorsements, policy: Policy, now: int) -> tuple[bool, str]:
+    return True, verify_endorsements(endorsements, policy, now=now)
 
 
 def _parse_quote(checks: Checks, data: bytes) -> Quote | None:
@@ -82,26 +90,29 @@ def _parse_quote(checks: Checks, data: bytes) -> Quote | None:
         return None
 
 
-def _rate(
-    checks: Checks, data: bytes, quote: Quote, endorsements: Endorsements, policy: Policy, now: int
-) -> Platform | None:
-    def rated() -> tuple[Platform, str]:
-        platform = verify_quote(data, quote, endorsements, policy, now=now)
-        return platform, f"{platform.tcb_status}; advisories {', '.join(platform.advisory_ids) or 'none'}"
-
-    return checks.run("3", _RATED, rated)
+def _verify(data: bytes, quote: Quote, endorsements: Endorsements, policy: Policy, now: int) -> tuple[Platform, str]:
+    platform = verify_quote(data, quote, endorsements, policy, now=now)
+    return platform, f"{platform.tcb_status}; advisories {', '.join(platform.advisory_ids) or 'none'}"
 
 
-def _tdx_claims(data: bytes, quote: Quote, platform: Platform | None) -> dict[str, Any]:
-    rated: dict[str, Any] = dict.fromkeys(_PLATFORM)
-    if platform is not None:
-        rated = {name: _json(getattr(platform, name)) for name in _PLATFORM}
+def _rate(data: bytes, quote: Quote, endorsements: Endorsements, policy: Policy, now: int) -> Platform | None:
+    try:
+        return rate_platform(data, quote, endorsements, policy, now=now)
+    except (VerificationError, FormatError):  # step 3 has said so
+        return None
+
+
+def _tdx_claims(data: bytes, quote: Quote, verified: bool, rated: Platform | None) -> dict[str, Any]:
+    platform: dict[str, Any] = dict.fromkeys(_PLATFORM)
+    if rated is not None:
+        platform = {name: _json(getattr(rated, name)) for name in _PLATFORM}
     body = {item.name: _json(getattr(quote.body, item.name)) for item in fields(TdReport)}
+    refused = "signatures verify, and step 3 refuses the platform" if rated else "not verified: step 3 did not pass"
     return {
         "quote_version": quote.header.version,
         "quote_digest": quote_digest(data).hex(),
-        "quote": "verified" if platform else "not verified: step 3 did not pass",
-        **rated,
+        "quote": "verified" if verified else refused,
+        **platform,
         **{name: value for name, value in body.items() if value is not None},
     }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import dcap_qvl
@@ -76,6 +76,18 @@ def verify_quote(data: bytes, quote: Quote, endorsements: Endorsements, policy: 
     `quote.qe_signature`, `quote.qe_binding`, `quote.signature`, `quote.pck_extension`, `quote.refused`) or `TcbError`
     (`tcb.fmspc`, `tcb.pce_id`, those of `tdx.tcb.rate`, `tcb.status`, `tcb.advisory`).
     """
+    platform = rate_platform(data, quote, endorsements, policy, now=now)
+    _verify_status(Rating(status=platform.tcb_status, advisories=platform.advisory_ids), policy, now)
+    second = _second_rating(data, quote, endorsements, _chain(quote), policy, now)
+    _verify_status(second, policy, now)
+    return replace(platform, advisory_ids=tuple(sorted({*platform.advisory_ids, *second.advisories})))
+
+
+def rate_platform(data: bytes, quote: Quote, endorsements: Endorsements, policy: Policy, *, now: int) -> Platform:
+    """What step 3 knows of the platform before the policy judges it: 1 to 5, and the TCB level by our reading alone.
+
+    Raises as `verify_quote` does, less `quote.refused`, `tcb.status` and `tcb.advisory`.
+    """
     chain = _chain(quote)
     if endorsements.pck_chain and endorsements.pck_chain != chain:
         message = f"pck_certificate_chain: expected the quote's own chain, got {_names(endorsements.pck_chain)}"
@@ -92,12 +104,9 @@ def verify_quote(data: bytes, quote: Quote, endorsements: Endorsements, policy: 
             raise TcbError(message, code=f"tcb.{name}", step="3")
     tcb = PlatformTcb(cpu_svn=pck.cpu_svn, pce_svn=pck.pce_svn)
     rating = rate(quote.body, quote.qe_report, tcb, endorsements.tcb, endorsements.qe)
-    _verify_status(rating, policy, now)
-    second = _second_rating(data, quote, endorsements, chain, policy, now)
-    _verify_status(second, policy, now)
     return Platform(
         tcb_status=rating.status,
-        advisory_ids=tuple(sorted({*rating.advisories, *second.advisories})),
+        advisory_ids=tuple(sorted(set(rating.advisories))),
         ppid=pck.ppid,
         fmspc=pck.fmspc,
         evaluation_data_number=min(
