@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,13 +277,27 @@ def test_people_get_checks_and_one_line(folder: Path, capsys: pytest.CaptureFixt
         (b"0aFF", b"\x0a\xff"),
         (b" 0a\nff\r\n", b"\x0a\xff"),
         (b"0a f", b"0a f"),
-        (b"0x0a", b"0x0a"),
+        (b"0x0a\r\nFF\r\n", b"\x0a\xff"),
+        (b"0X0a", b"\x0a"),
+        (b"0x", b"0x"),
+        (b"0x0x0a", b"0x0x0a"),
         (b"", b""),
         (b"\x04\x00", b"\x04\x00"),
     ],
 )
 def test_hex_text_is_what_it_spells(data: bytes, meant: bytes) -> None:
     assert hex_or_binary(data) == meant
+
+
+@pytest.mark.parametrize("data", [b"ab" * (1 << 20), b"a " * (1 << 20), b"ab" * (1 << 20) + b"."])
+def test_a_large_file_takes_little_more_memory_than_its_size(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        hex_or_binary(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(data)
 
 
 def test_nothing_in_an_appraisal_touches_the_network(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
