@@ -218,12 +218,22 @@ def twice_signed(root: etree._Element, signature: etree._Element) -> None:
     root.append(etree.fromstring(etree.tostring(signature)))
 
 
+def many_attributes(root: etree._Element, signature: etree._Element) -> None:
+    info = signature.find(f"{DS}SignedInfo")
+    for number in range(9):
+        info.set(f"a{number}", "")
+
+
 ENTITIES = b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
 EXTERNAL = b'<!DOCTYPE x [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
 FORMS = {
     "nothing": b"",
     "no XML": b"RIM",
     "too long": GOOD + b" " * (256 * 1024),
+    "namespaces that take canonical XML seconds": GOOD.replace(
+        b"SoftwareIdentity", b"SoftwareIdentity" + b"".join(b' xmlns:n%d="a:b"' % i for i in range(8000)), 1
+    ),
+    "attributes that take canonical XML seconds": edit(many_attributes),
     "entity expansion": ENTITIES + GOOD.replace(b">", b">&b;", 1),
     "external entity": EXTERNAL + GOOD.replace(b">", b">&x;", 1),
     "external document type": b'<!DOCTYPE SoftwareIdentity SYSTEM "http://example.invalid/a.dtd">' + GOOD,

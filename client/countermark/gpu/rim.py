@@ -38,6 +38,8 @@ from countermark.formats.spdm import STATUS_DISABLED, OpaqueType, Report
 
 MAX_RIM_BYTES: Final = 256 * 1024
 MAX_ALTERNATIVES: Final = 64
+MAX_NAMESPACES: Final = 64  # canonical XML takes time by the square of these two; genuine RIMs have 6 and 1
+MAX_ATTRIBUTES: Final = 8
 _SWID: Final = "{http://standards.iso.org/iso/19770/-2/2015/schema.xsd}"
 _DS: Final = "{http://www.w3.org/2000/09/xmldsig#}"
 _HASH: Final = "{http://www.w3.org/2001/04/xmlenc#sha384}Hash"
@@ -127,6 +129,8 @@ def parse_rim(data: bytes) -> RimDocument:
         raise _malformed("expected UTF-8") from err
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise _malformed("expected no document type and no entities")
+    if text.count("xmlns") > MAX_NAMESPACES:
+        raise _malformed(f"expected at most {MAX_NAMESPACES} namespaces, got {text.count('xmlns')}")
     try:
         root = etree.fromstring(data, _parser())
     except (etree.XMLSyntaxError, ValueError) as err:
@@ -148,6 +152,8 @@ def _one_signature(root: etree._Element) -> etree._Element:
     found = list(root.iter(f"{_DS}Signature"))
     if len(found) != 1 or found[0].getparent() is not root:
         raise _malformed(f"expected one signature, below the root element, got {len(found)}")
+    if any(len(element.attrib) > MAX_ATTRIBUTES for element in found[0].iter(etree.Element)):
+        raise _malformed(f"expected at most {MAX_ATTRIBUTES} attributes in an element of the signature")
     info, _value, key_info = _children(found[0], "SignedInfo", "SignatureValue", "KeyInfo")
     canonical, method, reference = _children(info, "CanonicalizationMethod", "SignatureMethod", "Reference")
     transforms, digest, _ = _children(reference, "Transforms", "DigestMethod", "DigestValue")
