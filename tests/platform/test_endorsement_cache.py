@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
@@ -40,8 +41,9 @@ from countermark_appliance.platform.endorsements import (
     tdx_item,
 )
 from countermark_appliance.platform.sim import intel as sim_intel
+from countermark_appliance.platform.sim import nvidia, rim
 from countermark_appliance.platform.sim.intel import Collateral
-from countermark_appliance.platform.sim.issue import Issued, issue_crl
+from countermark_appliance.platform.sim.issue import YEAR_S, Issued, issue, issue_crl
 from countermark_appliance.platform.sim.machine import SimPlatform
 from sim_evidence import NOW, Scene, code_folder, machine, sha256
 from vendor_service import Reply, Server, pccs_routes, serving
@@ -445,6 +447,52 @@ def test_a_genuine_manifest_brings_the_responders_word_on_its_signers(tmp_path: 
         cache.refresh()
         assert cache.current().gpu_rims == (data,)  # holds as long as its signer's certificates
         assert cache.current().gpu_ocsp == ()  # what has expired would be refused, also where none is required
+
+
+def test_a_manifest_signed_anew_takes_the_word_on_its_old_signer_with_it(tmp_path: Path) -> None:
+    """A verifier refuses a response about a certificate of nobody (`gpu.ocsp_stranger`), and with it all evidence."""
+    vendor, clock = machine().gpu_vendor, Clock()
+    times = {"not_before": NOW - HOUR_S, "not_after": NOW + YEAR_S}
+    signer = issue("RIM signer", vendor.rim_root, **times, curve=ec.SECP384R1(), ca=False)
+    first, second = (
+        rim.make_rim(one, nvidia.DRIVER_VERSION, nvidia.DRIVER_INDEXES)
+        for one in (vendor, replace(vendor, rim_signer=signer))
+    )
+    with serving({"/v1/rim/DRIVER": rim_answer("DRIVER", first)}) as server:
+        server.routes["/ocsp"] = ocsp_answer(vendor.rim_root, hours=72)
+        root = sha256(machine().rim_root_der)
+        item = rim_item("DRIVER", Service(url=server.url), Service(url=server.url + "/ocsp"), root=root)
+        cache = EndorsementCache(tmp_path, [tdx_of(b"{}"), item], clock=lambda: clock.now, ticks=lambda: clock.ticks)
+        for data, certificate in ((first, vendor.rim_signer.certificate), (second, signer.certificate)):
+            server.routes["/v1/rim/DRIVER"] = rim_answer("DRIVER", data)
+            cache.refresh()
+            assert cache.current().gpu_rims == (data,)
+            (answer,) = cache.current().gpu_ocsp
+            assert ocsp.load_der_ocsp_response(answer).serial_number == certificate.serial_number
+            clock.advance(DAY_S + 1)
+        server.asked.clear()
+        cache.refresh()
+        assert len(server.asked) == 2  # nobody asks about the old signer again
+
+
+def test_no_word_on_the_signer_of_a_manifest_that_is_not_handed_out(tmp_path: Path) -> None:
+    clock = Clock()
+    data = b"rim"
+    held = Item(
+        kind=Kind.OCSP, file="o", fetch=lambda: b"ocsp", read=lambda _data, _now: Validity(issued=NOW, until=1 << 40)
+    )
+    short = Item(
+        kind=Kind.RIM,
+        file="r",
+        fetch=lambda: data,
+        read=lambda _data, _now: Validity(issued=NOW, until=NOW + HOUR_S),
+        asks_for=lambda _data: [held],
+    )
+    cache = EndorsementCache(tmp_path, [tdx_of(b"{}"), short], clock=lambda: clock.now, ticks=lambda: clock.ticks)
+    cache.refresh()
+    assert (cache.current().gpu_rims, cache.current().gpu_ocsp) == ((data,), (b"ocsp",))
+    clock.advance(2 * HOUR_S)
+    assert (cache.current().gpu_rims, cache.current().gpu_ocsp) == ((), ())
 
 
 def signer_pems(rim: bytes) -> bytes:

@@ -77,13 +77,17 @@ class Item:
 
 @dataclass(slots=True)
 class _Kept:
-    """An item with what is known of it. `due`: when to fetch it next, by a clock that nobody sets."""
+    """An item with what is known of it. `due`: when to fetch it next, by a clock that nobody sets.
+
+    `asked_for`: the files of what its data asks for.
+    """
 
     item: Item
     data: bytes = b""
     validity: Validity | None = None
     due: float = 0
     failures: int = 0
+    asked_for: tuple[str, ...] = ()
 
     def holds(self, now: float) -> bool:
         return self.validity is not None and self.validity.issued <= now <= self.validity.until
@@ -113,13 +117,14 @@ class EndorsementCache:
         self._lock = threading.Lock()  # over what is kept
         self._passing = threading.Lock()  # over the fetching
         self._stop = threading.Event()
+        self._named = tuple(item.file for item in items)
         self._add(items)
 
     def current(self) -> Endorsements:
         """What holds now; of the GPUs' what there is. Raises `Unavailable` `platform.endorsements` without Intel's."""
         now = self._clock()
         with self._lock:
-            kept = list(self._kept.values())
+            kept = self._needed(now)
             found = {kind: [one.data for one in kept if one.item.kind is kind and one.holds(now)] for kind in Kind}
         if not found[Kind.TDX]:
             message = "endorsements: expected some of Intel's that hold now, got none; the node's log says why"
@@ -135,13 +140,13 @@ class EndorsementCache:
         """Fetch what is due, one after the other. Returns how many seconds there are until the next one is."""
         with self._passing:
             while True:
-                due = [one for one in self._kept.values() if one.due <= self._ticks()]
+                due = [one for one in self._needed() if one.due <= self._ticks()]
                 if not due or self._stop.is_set():
                     break
                 for one in due:  # some of which may ask for more
                     if not self._stop.is_set():
                         self._renew(one)
-            return max(1.0, min(one.due for one in self._kept.values()) - self._ticks())
+            return max(1.0, min(one.due for one in self._needed()) - self._ticks())
 
     def start(self) -> None:
         """Renew from now on, in a thread of its own."""
@@ -164,7 +169,28 @@ class EndorsementCache:
             with self._lock:
                 self._kept[item.file] = one
             if one.validity is not None:
-                self._add(item.asks_for(one.data))
+                self._ask(one)
+
+    def _ask(self, one: _Kept) -> None:
+        items = one.item.asks_for(one.data)
+        self._add(items)
+        with self._lock:
+            one.asked_for = tuple(item.file for item in items)
+
+    def _needed(self, now: float | None = None) -> list[_Kept]:
+        """What was named at the start, and what that asks for: of what holds at `now`, or of everything.
+
+        A verifier refuses a responder's word on the signer of a manifest that has been replaced, or that is not there.
+        """
+        files = dict.fromkeys(self._named)
+        queue = list(files)
+        while queue:
+            one = self._kept[queue.pop()]
+            if now is None or one.holds(now):
+                new = [file for file in one.asked_for if file not in files]
+                files.update(dict.fromkeys(new))
+                queue += new
+        return [self._kept[file] for file in files]
 
     def _load(self, one: _Kept) -> None:
         path = self._directory / one.item.file
@@ -197,7 +223,7 @@ class EndorsementCache:
             write_file(self._directory / one.item.file, data)
         except UsageError as err:
             _log.warning("endorsements: %s not written: %s", kind, err.code)
-        self._add(one.item.asks_for(data))
+        self._ask(one)
 
 
 def _supersedes(new: Validity, old: Validity | None, now: float) -> None:
