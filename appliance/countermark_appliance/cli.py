@@ -24,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from countermark import logkeys
 from countermark.errors import CountermarkError, UsageError, VerificationError
 from countermark.files import write_file
 
@@ -95,6 +96,28 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--report", type=Path, help="--full: write the report to this file, as JSON")
     test.add_argument("--json", action="store_true", help="--full: the whole report on stdout, not its summary")
     test.set_defaults(run=_selftest)
+
+    operator_log = commands.add_parser("operator-log", help="the public log of your machines' starts").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    begin = operator_log.add_parser("new", help="begin a log and make its keys; prints the verifier keys")
+    begin.add_argument("dir", type=Path, help="what is published; made if absent")
+    begin.add_argument("--name", required=True, help="the log's origin, such as log.example/starts")
+    begin.set_defaults(run=_operator_log_new)
+    append = operator_log.add_parser("append", help="add the starts in an appliance's log directory, verified")
+    append.add_argument("dir", type=Path)
+    append.add_argument("boots", type=Path, metavar="LOGDIR", help="`log.dir` of the appliance, or a copy")
+    append.set_defaults(run=_operator_log_append)
+    for changing in (begin, append):
+        changing.add_argument("--key", type=Path, required=True, metavar="FILE", help="private keys, outside DIR")
+        changing.add_argument("--passphrase-file", type=Path, metavar="FILE", help="the keys are encrypted with it")
+    cosign = operator_log.add_parser("cosign", help="take in a checkpoint that a witness has cosigned")
+    cosign.add_argument("dir", type=Path)
+    cosign.add_argument("notes", type=Path, nargs="+", metavar="FILE", help="what `countermark log witness` wrote")
+    cosign.set_defaults(run=_operator_log_cosign)
+    show = operator_log.add_parser("show", help="verify a log and print what it holds")
+    show.add_argument("dir", type=Path)
+    show.set_defaults(run=_operator_log_show)
 
     sim = commands.add_parser("sim", help="simulated machines").add_subparsers(required=True, metavar="ACTION")
     new = sim.add_parser("new", help="make a simulated machine and publish its measurements (SIMULATED, no hardware)")
@@ -225,6 +248,36 @@ def _sim_new(args: argparse.Namespace) -> dict[str, object]:
         "rim_root": hashlib.sha256(state.rim_root_der).hexdigest(),
         "signers": [digest.hex() for digest in state.signer_digests],
     }
+
+
+def _operator_log_new(args: argparse.Namespace) -> dict[str, object]:
+    from countermark_appliance.records import operator_log  # noqa: PLC0415
+
+    keys = logkeys.new_keys(args.name)
+    operator_log.refuse_inside(args.dir, args.key)
+    logkeys.save_keys(keys, args.key, passphrase=logkeys.read_passphrase(args.passphrase_file))
+    operator_log.create(args.dir, keys)
+    return {"dir": str(args.dir), "origin": keys.name, "vkeys": [str(key) for key in keys.as_log]}
+
+
+def _operator_log_append(args: argparse.Namespace) -> dict[str, object]:
+    from countermark_appliance.records import operator_log  # noqa: PLC0415
+
+    keys = logkeys.load_keys(args.key, passphrase=logkeys.read_passphrase(args.passphrase_file))
+    appended = operator_log.append(args.dir, keys, args.boots)
+    return {"appended": [boot.hex() for boot in appended.boots], "size": appended.size}
+
+
+def _operator_log_cosign(args: argparse.Namespace) -> dict[str, object]:
+    from countermark_appliance.records import operator_log  # noqa: PLC0415
+
+    return {"heads": [operator_log.take_cosigned(args.dir, path) for path in args.notes]}
+
+
+def _operator_log_show(args: argparse.Namespace) -> dict[str, object]:
+    from countermark_appliance.records import operator_log  # noqa: PLC0415
+
+    return operator_log.show(args.dir)
 
 
 def _count(text: str) -> int:

@@ -42,6 +42,7 @@ class Config:
     weights_dir: Path
     weights_root: bytes  # the dm-verity root hash the weights must have
     log_dir: Path
+    log_operator_dir: Path | None  # where the operator log is published
     threads: int  # 0: one for each core
     device: str  # cpu | cuda: what computes; no bit depends on it
     max_sequences: int
@@ -56,7 +57,7 @@ _SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "platform": {"name": (str, ...), "state": (str, None)},
     "endorsements": {"dir": (str, None), "pccs_url": (str, None), "ca_file": (str, None), "gpu_dir": (str, None)},
     "weights": {"dir": (str, ...), "root": (str, ...)},
-    "log": {"dir": (str, ...)},
+    "log": {"dir": (str, ...), "operator_dir": (str, None)},
     "engine": {"threads": (int, 0), "device": (str, "cpu"), "max_sequences": (int, 16), "max_waiting": (int, 64)},
     "record": {"deployer_id": (str, None), "retention_until": (str, None)},
 }
@@ -118,6 +119,7 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         weights_dir=base / values["weights.dir"],
         weights_root=bytes.fromhex(values["root"]),
         log_dir=base / values["log.dir"],
+        log_operator_dir=_below(base, values["operator_dir"]),
         threads=values["threads"],
         device=values["device"],
         max_sequences=values["max_sequences"],

@@ -102,6 +102,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
             stack=_stack(config, platform, engine.info),
             deployer_id=config.deployer_id,
             retention_until=config.retention_until,
+            operator_dir=config.log_operator_dir,
         )
         try:
             limits = _limits(config, simulated=platform.name.simulated)

@@ -72,6 +72,8 @@ class Recorder(generation.Recorder, Protocol):
 
     def leaves(self, start: int, count: int) -> tuple[bytes, ...]: ...
 
+    def witnessed(self) -> bytes: ...
+
 
 class Attester(Protocol):
     """What makes evidence: `platform.Attester`."""
@@ -216,12 +218,12 @@ class Service:
         try:
             self._bucket.take()
             make = functools.partial(self._evidence, nonce, connection)
-            evidence, attested = await self._loop.run_in_executor(self._quoting, make)
+            response, attested = await self._loop.run_in_executor(self._quoting, make)
         finally:
             connection.end_attest(attested)
-        return pb.AttestResponse(evidence=evidence).SerializeToString()
+        return response.SerializeToString()
 
-    def _evidence(self, nonce: bytes, connection: Connection) -> tuple[bytes, Attested]:
+    def _evidence(self, nonce: bytes, connection: Connection) -> tuple[Message, Attested]:
         size, root = self._recorder.head()
         evidence = self._attester.attest(
             purpose=Purpose.SESSION,
@@ -229,7 +231,8 @@ class Service:
             exporter=connection.exporter,
             log=LogHead(origin=self._recorder.epoch.origin, size=size, root=root),
         )
-        return evidence, Attested(quote_digest=quote_digest(parse_evidence(evidence).quote), log_size=size)
+        response = pb.AttestResponse(evidence=evidence, witnessed=self._recorder.witnessed())
+        return response, Attested(quote_digest=quote_digest(parse_evidence(evidence).quote), log_size=size)
 
     async def _get_evidence(self, data: bytes, context: Context) -> bytes:
         codec.parse_message(pb.GetEvidenceRequest, data)

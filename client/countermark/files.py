@@ -1,4 +1,4 @@
-"""Files in and out: read whole with a cap, written whole or not at all, readable by their owner only."""
+"""Files in and out: read whole with a cap, written whole or not at all, readable by their owner only (or `mode`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,26 @@ def read_file(path: Path | str, *, max_bytes: int = MAX_BYTES) -> bytes:
     return data
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_new_file(path: Path, data: bytes) -> None:
+    """Write a file that does not exist yet, durably, with mode 0600. Raises `UsageError` (`usage.file`)."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_names(path.parent)
+    except OSError as err:
+        raise UsageError(f"{path}: {err.strerror}", code="usage.file") from err
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file with `data`, durably, whole or not at all. Raises `UsageError` (`usage.file`)."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
+                os.fchmod(file.fileno(), mode)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -37,10 +51,15 @@ def write_file(path: Path, data: bytes) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)  # the name is as durable as what it names
-        finally:
-            os.close(directory)
+        _sync_names(path.parent)
     except OSError as err:
         raise UsageError(f"{path}: {err.strerror}", code="usage.file") from err
+
+
+def _sync_names(path: Path) -> None:
+    """A name is to be as durable as what it names."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -40,9 +40,11 @@ from countermark.policy import Policy
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
+from countermark.witness import Witnessed, verify_witnessed
 
 MAX_TEXT_CHARACTERS: Final = 16 * 1024 * 1024
 _SAID: Final = 300
+_READ_S: Final = 30.0
 _CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.FAILED_PRECONDITION: ChannelError,
@@ -64,8 +66,8 @@ def connect(
     `now`: unix seconds (the verdict then says `assumed`), else this machine's clock. `timeout_s`: for all of it, but
     for the fetching. `endorsements`: Intel's, to be used instead of those that the node sends: the JSON, or what gives
     it for a quote, such as `fetch.intel.fetch_collateral` with a source. Bundles then carry these.
-    Raises `Unavailable`, `ChannelError` (see `Channel.open`), what `endorsements` raises, and what `appraise` raises,
-    with its `checks`.
+    Raises `Unavailable`, `ChannelError` (see `Channel.open`), what `endorsements` raises, and what `appraise` and
+    `verify_witnessed` raise, with their `checks`.
     """
     started = time.monotonic()
     channel = Channel.open(address, timeout_s=timeout_s)
@@ -75,12 +77,12 @@ def connect(
         left_s = max(0.1, timeout_s - (time.monotonic() - started))
         try:
             answer = attest(pb.AttestRequest(nonce=nonce).SerializeToString(), timeout=left_s)
-            evidence = pb.AttestResponse.FromString(answer).evidence
+            response = pb.AttestResponse.FromString(answer)
         except grpc.RpcError as err:
             raise _translated(err, channel) from err
         except DecodeError as err:
             raise FormatError("attest: expected AttestResponse", code="attest.malformed") from err
-        facts = channel.facts
+        facts, evidence = channel.facts, response.evidence
         own = endorsements if not callable(endorsements) else _fetched(evidence, endorsements)
         verdict = appraise(
             evidence,
@@ -97,7 +99,8 @@ def connect(
             ),
             endorsements=own,
         )
-        return Session(channel, verdict, evidence if own is None else _with_endorsements(evidence, own))
+        witnessed = verify_witnessed(response.witnessed, verdict, policy)
+        return Session(channel, witnessed, evidence if own is None else _with_endorsements(evidence, own))
     except BaseException:
         channel.close()
         raise
@@ -125,6 +128,7 @@ class Answer:
     tokens: tuple[int, ...]
     receipt: CheckedReceipt
     evidence: bytes
+    witnessed: Witnessed
 
     @property
     def verdict(self) -> Verdict:
@@ -143,6 +147,7 @@ class Answer:
             receipt=self.receipt.receipt,
             evidence=self.evidence,
             manifest=manifest,
+            epoch=self.witnessed.data,
         )
         write_bundle(Path(path), bundle)
         return Path(path)
@@ -163,10 +168,11 @@ class TokenLogprob:
 class Session:
     """An appraised connection. Make it with `connect`; use it as a context manager. Thread-safe."""
 
-    def __init__(self, channel: Channel, verdict: Verdict, evidence: bytes) -> None:
-        if type(verdict) is not Verdict or verdict.scope is not Scope.SESSION:
-            raise TypeError("verdict: expected one that appraise() made for this session")
-        self.verdict = verdict
+    def __init__(self, channel: Channel, witnessed: Witnessed, evidence: bytes) -> None:
+        if type(witnessed) is not Witnessed or witnessed.verdict.scope is not Scope.SESSION:
+            raise TypeError("witnessed: expected what verify_witnessed() made of this session's verdict")
+        self.verdict: Verdict = witnessed.verdict
+        self.witnessed = witnessed
         self.evidence = evidence
         self._channel = channel
         self._closed = False
@@ -230,6 +236,19 @@ class Session:
         except ValueError as err:  # grpcio's word for a channel that another thread has just closed
             raise _closed() from err
         return Stream(self, self._channel, call, request)
+
+    def read_log(self, method: str, request: bytes) -> bytes:
+        """One call of the node's `Log` service, as bytes: what `logsource.NodeSource` reads a log with.
+
+        Raises `LogError`, `RequestError`, `Unavailable`.
+        """
+        try:
+            answer: bytes = self._channel.grpc_channel.unary_unary(method, None, None)(request, timeout=_READ_S)
+        except grpc.RpcError as err:
+            raise _translated(err, self._channel) from err
+        except ValueError as err:
+            raise _closed() from err
+        return answer
 
     def close(self) -> None:
         """End the connection. Idempotent."""
@@ -358,7 +377,13 @@ class Stream:
         )
         if self._read() is not None:
             raise FormatError("stream: expected nothing after the receipt", code="stream.order")
-        return Answer(text=streamed.text, tokens=streamed.tokens, receipt=receipt, evidence=self._session.evidence)
+        return Answer(
+            text=streamed.text,
+            tokens=streamed.tokens,
+            receipt=receipt,
+            evidence=self._session.evidence,
+            witnessed=self._session.witnessed,
+        )
 
     def _fail(self, err: BaseException) -> None:
         self._failure = err

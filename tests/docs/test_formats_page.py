@@ -91,8 +91,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "server.{status.name.lower()}": (),  # section 3 of the page: `server.<status>`
     # `what` is an argument: the callers in the client give these.
     "{what}.field": tuple(
-        f"{what}.field" for what in ("evidence", "claims", "leaf", "salts", "accepted", "answer", "receipt")
+        f"{what}.field"
+        for what in (
+            *("evidence", "claims", "leaf", "salts", "accepted", "answer", "receipt"),
+            *("operator_leaf", "witnessed", "receipt_witness", "epoch"),
+        )
     ),
+    "log.fetch.{reason}": tuple(f"log.fetch.{reason}" for reason in ("connection", "timeout", "status", "too_long")),
     "{what}.too_long": ("manifest.too_long", "eventlog.too_long", "endorsements.too_long", "nvidia_evidence.too_long"),
     "{what}.json": ("manifest.json", "eventlog.json", "endorsements.json", "nvidia_evidence.json"),
     "{what}.pem": ("quote.pem", "endorsements.pem", "nvidia_evidence.pem"),
@@ -400,8 +405,15 @@ def test_bundle_entries_in_order() -> None:
     answer = receipt.Answer(tokens=(), text="", fingerprints=(), field_salts=b"")
     data = encode_bundle(
         Bundle(
-            **{"request": b"", "receipt": b"", "evidence": b"", "manifest": b"{}"},
-            **{"acceptance": empty, "answer": answer, "epoch": b"", "witness": b"", "anchors": b""},
+            request=b"",
+            receipt=b"",
+            evidence=b"",
+            manifest=b"{}",
+            acceptance=empty,
+            answer=answer,
+            epoch=b"",
+            witness=b"",
+            anchors=b"",
         )
     )
     names = [

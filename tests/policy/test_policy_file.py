@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from countermark.errors import PolicyError
+from countermark.logkeys import new_keys
 from countermark.numerics import CURRENT
 from countermark.policy import (
     DAY_S,
@@ -22,12 +23,14 @@ from countermark.policy import (
     Policy,
     Profile,
     Waiver,
+    WitnessRule,
     encode_policy,
     new_policy,
     parse_policy,
 )
 from sim_evidence import NOW, machine, policy_for
 
+OPERATOR, WITNESS = new_keys("log.example/starts"), new_keys("w.example/1")
 D32, D48 = b"\x11" * 32, b"\x22" * 48
 
 
@@ -62,6 +65,10 @@ def everything() -> Policy:
         numerics=("bf16-hopper-v1",),
         any_config=False,
         configs=(D32,),
+        operator_log=OPERATOR.as_log,
+        witnesses=WITNESS.as_witness,
+        witnesses_required=1,
+        witnessed=WitnessRule.EPOCH_AND_RECEIPT,
     )
 
 
@@ -108,7 +115,7 @@ def tables(text: str) -> list[str]:
 def test_an_unknown_key_is_refused_by_its_dotted_name_in_every_table() -> None:
     text = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
     names = tables(text)
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         code, message = code_of(text.replace(f"[{name}]", f"[{name}]\nskip_checks = true\n", 1))
         assert code == "policy.unknown_key"
@@ -131,6 +138,38 @@ def test_every_field_has_a_comment() -> None:
             )
         if line.startswith("]"):
             assert line.startswith("]  # "), line
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"witnesses_required": 2}, "policy.contradiction", "0 to 1"),
+        ({"witnesses_required": -1}, "policy.contradiction", "-1"),
+        ({"operator_log": None}, "policy.contradiction", "log.operator"),
+        ({"operator_log": OPERATOR.as_log[:1]}, "policy.value", "log.operator"),
+        ({"operator_log": WITNESS.as_witness}, "policy.value", "log.operator"),
+        ({"witnesses": OPERATOR.as_log}, "policy.value", "0x01"),
+        ({"witnesses": WITNESS.as_witness * 2}, "policy.value", "twice"),
+    ],
+)
+def test_witnesses_that_cannot_be_asked_for(changes: dict[str, Any], code: str, said: str) -> None:
+    with pytest.raises(PolicyError) as err:
+        replace(everything(), **changes)
+    assert err.value.code == code
+    assert said in str(err.value)
+
+
+def test_without_a_log_table_nobody_is_asked() -> None:
+    text = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
+    without = text[: text.index("[log]")]
+    assert parse_policy(without.encode()) == parse_policy(text.encode())
+    for wrong in (
+        'witnesses = ["nonsense"]',
+        "witnesses_required = true",
+        'witnessed = "receipt"',
+        'operator = ["a+b+c"]',
+    ):
+        assert code_of(f"{without}[log]\n{wrong}\n")[0] == "policy.value"
 
 
 @pytest.mark.parametrize(

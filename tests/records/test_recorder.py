@@ -17,10 +17,12 @@ from record_values import intent, open_recorder, outcome
 from countermark.errors import ConfigError, CountermarkError, LogError, Unavailable
 from countermark.formats import records
 from countermark.formats.records import Kind, parse_leaf
+from countermark.formats.witnessed import boot_log_keys
+from countermark.logkeys import verify_signature
 from countermark.tlog import merkle, tiles
 from countermark.tlog.checkpoint import verify_checkpoint
 from countermark_appliance.records import journal
-from countermark_appliance.records.previous import log_keys, read_sidecar, verify_signature
+from countermark_appliance.records.previous import read_sidecar
 from countermark_appliance.records.recorder import Committed, Recorder
 
 
@@ -35,7 +37,7 @@ def kinds(recorder: Recorder) -> list[Kind]:
 def verify_published(directory: Path) -> tuple[bytes, ...]:
     """What a monitor does with the published files alone: read the tiles, check every hash, return the entries."""
     sidecar = read_sidecar(directory)
-    origin, keys = sidecar.epoch.origin, log_keys(sidecar.keys)
+    origin, keys = sidecar.epoch.origin, boot_log_keys(sidecar.keys)
     head = verify_checkpoint((directory / "checkpoint").read_bytes(), origin, keys, verify_signature)
     entries: list[bytes] = []
     hashes: list[bytes] = []
@@ -60,7 +62,7 @@ def test_an_intent_is_proven_when_it_is_given_out(tmp_path: Path) -> None:
     acceptance = committed.acceptance
     leaf = records.leaf_for(committed.intent, acceptance.record, acceptance.leaf_salt, acceptance.leaf_index)
     assert recorder.leaves(acceptance.leaf_index, 1) == (records.encode_leaf(leaf),)
-    keys = log_keys(read_sidecar(boot_directory(tmp_path, recorder)).keys)
+    keys = boot_log_keys(read_sidecar(boot_directory(tmp_path, recorder)).keys)
     head = verify_checkpoint(acceptance.checkpoint, recorder.epoch.origin, keys, verify_signature)
     merkle.verify_inclusion(1, head.size, committed.leaf, acceptance.proof, head.root)
     assert recorder.head() == (head.size, head.root)

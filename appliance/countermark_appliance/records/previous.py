@@ -17,40 +17,25 @@ import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ed25519, mldsa
 
 from countermark.errors import FormatError, LogError
-from countermark.formats import cbor
-from countermark.formats.records import (
-    Epoch,
-    Kind,
-    Leaf,
-    commitment,
-    encode_record,
-    parse_epoch,
-    parse_leaf,
+from countermark.formats.records import Epoch, Kind, Leaf, encode_record, parse_leaf
+from countermark.formats.witnessed import (
+    MAX_SIDECAR_BYTES,
+    SIDECAR_NAME,
+    Sidecar,
+    boot_leaf,
+    boot_log_keys,
+    encode_sidecar,
+    parse_sidecar,
 )
-from countermark.formats.report_data import RoleKey, keys_digest, keys_from_value, keys_value
-from countermark.tlog.checkpoint import ED25519, LogKeys, verify_checkpoint
+from countermark.logkeys import verify_signature
+from countermark.tlog.checkpoint import LogKeys, verify_checkpoint
 from countermark.tlog.merkle import Tree, leaf_hash
 from countermark_appliance.records.journal import Tail, cut, leaf_at, leaf_offsets, read_journal, sync_directory
 from countermark_appliance.records.publish import publish
 
-SIDECAR: Final = "epoch"
-_MAX_SIDECAR_BYTES: Final = 512 * 1024
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sidecar:
-    """What a boot leaves beside its journal so that the next one can check it."""
-
-    epoch: Epoch
-    salt: bytes
-    keys: tuple[RoleKey, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,31 +52,23 @@ class PreviousLog:
 
 def write_sidecar(directory: Path, sidecar: Sidecar) -> None:
     """Write it whole and durably."""
-    value = {"record": encode_record(sidecar.epoch), "salt": sidecar.salt, "keys": keys_value(sidecar.keys)}
-    aside = directory / f"{SIDECAR}.new"
+    aside = directory / f"{SIDECAR_NAME}.new"
     with aside.open("xb") as file:
-        file.write(cbor.encode(value))
+        file.write(encode_sidecar(sidecar))
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(directory / SIDECAR)
+    aside.replace(directory / SIDECAR_NAME)
     sync_directory(directory)
 
 
 def read_sidecar(directory: Path) -> Sidecar:
     """Step 1. Raises `LogError` (`log.previous`)."""
-    path = directory / SIDECAR
+    with (directory / SIDECAR_NAME).open("rb") as file:
+        data = file.read(MAX_SIDECAR_BYTES + 1)
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_SIDECAR_BYTES + 1)
-        value = cbor.fields(
-            cbor.decode(data, max_bytes=_MAX_SIDECAR_BYTES), "epoch", record=bytes, salt=bytes, keys=list
-        )
-        sidecar = Sidecar(epoch=parse_epoch(value["record"]), salt=value["salt"], keys=keys_from_value(value["keys"]))
-        if keys_digest(sidecar.keys) != sidecar.epoch.keys_digest or len(sidecar.salt) != 32:
-            raise FormatError("epoch: the keys are not the ones the record names", code="epoch.keys")
+        return parse_sidecar(data)
     except FormatError as err:
         raise _bad(directory, str(err)) from err
-    return sidecar
 
 
 def find_previous(root: Path) -> PreviousLog | None:
@@ -102,7 +79,7 @@ def find_previous(root: Path) -> PreviousLog | None:
     """
     found: list[tuple[Sidecar, Path]] = []
     for directory in sorted(path for path in root.iterdir() if path.is_dir()):
-        if not (directory / SIDECAR).exists():
+        if not (directory / SIDECAR_NAME).exists():
             _log.warning("log: %s: a start that did not complete; passed over", directory.name)
             continue
         found.append((read_sidecar(directory), directory))
@@ -117,7 +94,7 @@ def find_previous(root: Path) -> PreviousLog | None:
 
 def _read(sidecar: Sidecar, directory: Path) -> PreviousLog | None:
     """Steps 2 to 5; None when the log holds nothing, and never published anything."""
-    epoch, keys = sidecar.epoch, log_keys(sidecar.keys)
+    epoch, keys = sidecar.epoch, boot_log_keys(sidecar.keys)
     journal = directory / "journal"
     tree, offsets = Tree(), array("Q")
     first = b""
@@ -141,7 +118,7 @@ def _read(sidecar: Sidecar, directory: Path) -> PreviousLog | None:
     if not tree.size:
         _check_nothing_lost(directory, epoch, keys, 0)
         return None
-    if parse_leaf(first).commitment != commitment(Kind.EPOCH, sidecar.salt, encode_record(epoch)):
+    if first != boot_leaf(encode_record(epoch), sidecar.salt):
         raise _bad(directory, "leaf 0 does not commit to the EPOCH")
     try:
         head = verify_checkpoint(checkpoint, epoch.origin, keys, verify_signature)
@@ -194,24 +171,6 @@ def _check_nothing_lost(directory: Path, epoch: Epoch, keys: LogKeys, size: int)
     if published.size > size:
         message = f"log: {directory.name}: {published.size} leaves were published, the journal has {size}"
         raise LogError(message, code="log.lost")
-
-
-def log_keys(keys: tuple[RoleKey, ...]) -> LogKeys:
-    """The two log keys of a boot's five."""
-    by_role = {item.role: item.key.public for item in keys}
-    return LogKeys(ed25519=by_role["log-ed25519"], ml_dsa_44=by_role["log-ml-dsa-44"])
-
-
-def verify_signature(kind: int, public_key: bytes, signature: bytes, message: bytes) -> bool:
-    """`tlog.checkpoint.VerifySignature` for the two types our logs use."""
-    try:
-        if kind == ED25519:
-            ed25519.Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-        else:
-            mldsa.MLDSA44PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except InvalidSignature:
-        return False
-    return True
 
 
 def _bad(directory: Path, why: str) -> LogError:

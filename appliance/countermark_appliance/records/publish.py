@@ -9,30 +9,44 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from countermark.tlog import tiles
 from countermark.tlog.merkle import NodeReader
+from countermark_appliance.records.journal import sync_directory
 
-ReadLeaves = Callable[[int, int], tuple[bytes, ...]]
+ReadLeaves = Callable[[int, int], Sequence[bytes]]
 INTERVAL_S = 0.2
 _log = logging.getLogger(__name__)
 
 
-def publish(directory: Path, size: int, checkpoint: bytes, node: NodeReader, leaves: ReadLeaves, *, since: int) -> None:
-    """Write the files of a tree of `size` leaves; those of a tree of `since` leaves stand already."""
+def publish(
+    directory: Path,
+    size: int,
+    checkpoint: bytes,
+    node: NodeReader,
+    leaves: ReadLeaves,
+    *,
+    since: int,
+    durable: bool = False,
+) -> None:
+    """Write the files of a tree of `size` leaves; those of a tree of `since` leaves stand already.
+
+    `durable`: for a log that has nothing else; the tiles are synced before the checkpoint appears, then it is.
+    """
     for tile in tiles.tiles_for(size, since=since):
-        _write(directory / tiles.tile_path(tile), tiles.encode_tile(tile, node))
+        _write(directory / tiles.tile_path(tile), tiles.encode_tile(tile, node), durable)
         if tile.level == 0:
             entries = tiles.encode_entries(leaves(tile.index * tiles.WIDTH, tile.width))
-            _write(directory / tiles.entries_path(tile.index, tile.width), entries)
+            _write(directory / tiles.entries_path(tile.index, tile.width), entries, durable)
         if tile.width == tiles.WIDTH:
             for path in (tiles.tile_path(tile), tiles.entries_path(tile.index, tile.width)):
                 shutil.rmtree(directory / f"{path}.p", ignore_errors=True)
-    _write(directory / "checkpoint", checkpoint)
+    _write(directory / "checkpoint", checkpoint, durable)
 
 
 class Publisher:
@@ -81,8 +95,15 @@ class Publisher:
             self._published = size
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".new")
-    aside.write_bytes(data)
+    with aside.open("wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     aside.replace(path)
+    if durable:
+        for folder in (path.parent, *path.parent.parents[:4]):  # the names down to a tile are new at most so deep
+            sync_directory(folder)

@@ -21,11 +21,13 @@ from countermark.errors import ConfigError, LogError, Unavailable
 from countermark.formats import records
 from countermark.formats.receipt import Acceptance, Payload, Proven
 from countermark.formats.records import Abort, Crashed, Epoch, Intent, Outcome, Previous, Record, Sampling, Stack
+from countermark.formats.witnessed import Sidecar
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.records.journal import FULL, sync_directory
-from countermark_appliance.records.previous import PreviousLog, Sidecar, find_previous, write_sidecar
+from countermark_appliance.records.previous import PreviousLog, find_previous, write_sidecar
 from countermark_appliance.records.signer import Signer
 from countermark_appliance.records.store import Appended, BuildLeaf, LogStore
+from countermark_appliance.records.witnessed import BootProof, WitnessedEpoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,14 @@ class Recorder:
     """One boot's recorder over an exclusively locked directory. Thread-safe."""
 
     def __init__(
-        self, *, store: LogStore, signer: Signer, epoch: Epoch, lock: int, owner: tuple[str | None, str | None]
+        self,
+        *,
+        store: LogStore,
+        signer: Signer,
+        sidecar: Sidecar,
+        lock: int,
+        owner: tuple[str | None, str | None],
+        operator_dir: Path | None,
     ) -> None:
         """Use `Recorder.open`. `owner`: deployer id and retention-until."""
         self._store = store
@@ -71,7 +80,8 @@ class Recorder:
         self._owner = owner
         self._open: set[bytes] = set()
         self._open_lock = threading.Lock()
-        self.epoch = epoch
+        self._witnessed = None if operator_dir is None else WitnessedEpoch(operator_dir, sidecar, self._first_leaf)
+        self.epoch = sidecar.epoch
 
     @classmethod
     def open(
@@ -84,12 +94,14 @@ class Recorder:
         stack: Stack,
         deployer_id: str | None = None,
         retention_until: str | None = None,
+        operator_dir: Path | None = None,
     ) -> Recorder:
         """Lock the directory, verify the previous log, begin this boot's with its EPOCH and CRASHED leaves.
 
         `evidence_digest`: quote digest of the boot evidence, whose claims give this log as empty (size 0,
-        `tlog.merkle.EMPTY_ROOT`). Raises `ConfigError` (`log.locked`: another process has it; `log.directory`),
-        `LogError` (`log.previous`, `log.damaged`, `log.lost`), `Unavailable` (`log.full`: no room to begin).
+        `tlog.merkle.EMPTY_ROOT`). `operator_dir`: where the operator log is published, if it is. Raises `ConfigError`
+        (`log.locked`: another process has it; `log.directory`), `LogError` (`log.previous`, `log.damaged`,
+        `log.lost`), `Unavailable` (`log.full`: no room to begin).
         """
         lock = _lock(directory)
         try:
@@ -113,7 +125,14 @@ class Recorder:
         except BaseException:
             os.close(lock)
             raise
-        return cls(store=store, signer=signer, epoch=epoch, lock=lock, owner=(deployer_id, retention_until))
+        return cls(
+            store=store,
+            signer=signer,
+            sidecar=sidecar,
+            lock=lock,
+            owner=(deployer_id, retention_until),
+            operator_dir=operator_dir,
+        )
 
     def commit_intent(
         self,
@@ -281,6 +300,14 @@ class Recorder:
     def leaves(self, start: int, count: int) -> tuple[bytes, ...]:
         """At most 1024 leaves. Raises `LogError` (`log.range`)."""
         return self._store.leaves(start, count)
+
+    def witnessed(self) -> bytes:
+        """What the operator log and its witnesses say of this boot (`formats.witnessed`); empty when nothing."""
+        return b"" if self._witnessed is None else self._witnessed.encoded()
+
+    def _first_leaf(self) -> BootProof:
+        size, _, checkpoint = self._store.head()
+        return BootProof(proof=self._store.inclusion(0, size), checkpoint=checkpoint)
 
     def close(self) -> None:
         """Publish, close and unlock. INTENTs still open become CRASHED in the next boot's log. Idempotent."""

@@ -9,13 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 from countermark.formats.receipt import Payload, encode_payload, encode_receipt, thumbprint, to_be_signed
-from countermark.tlog.checkpoint import (
-    Checkpoint,
-    LogKeys,
-    checkpoint_text,
-    cosigned_message,
-    encode_checkpoint,
-)
+from countermark.logkeys import sign_checkpoint
+from countermark.tlog.checkpoint import Checkpoint
 from countermark_appliance.platform.keyring import Keyring, cose_public_key, sign_es256
 
 
@@ -24,10 +19,6 @@ class Signer:
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring: Final = keyring
-        self._log_keys: Final = LogKeys(
-            ed25519=keyring.log_ed25519.public_key().public_bytes_raw(),
-            ml_dsa_44=keyring.log_ml_dsa_44.public_key().public_bytes_raw(),
-        )
         self._kids: Final = (
             thumbprint(cose_public_key(keyring.receipt_es256.public_key())),
             thumbprint(cose_public_key(keyring.receipt_ml_dsa_65.public_key())),
@@ -35,13 +26,7 @@ class Signer:
 
     def sign_checkpoint(self, checkpoint: Checkpoint, timestamp: int) -> bytes:
         """The signed note. `timestamp`: seconds since 1970, part of what ML-DSA-44 signs."""
-        return encode_checkpoint(
-            checkpoint,
-            self._log_keys,
-            self._keyring.log_ed25519.sign(checkpoint_text(checkpoint).encode()),
-            self._keyring.log_ml_dsa_44.sign(cosigned_message(checkpoint.origin, timestamp, checkpoint)),
-            timestamp,
-        )
+        return sign_checkpoint(self._keyring.log_ed25519, self._keyring.log_ml_dsa_44, checkpoint, timestamp)
 
     def sign_receipt(self, payload: Payload) -> bytes:
         """The COSE_Sign receipt."""

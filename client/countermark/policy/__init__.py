@@ -16,6 +16,7 @@ from countermark.policy.value import (
     Policy,
     Profile,
     Waiver,
+    WitnessRule,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Policy",
     "Profile",
     "Waiver",
+    "WitnessRule",
     "encode_policy",
     "load_policy",
     "new_policy",

@@ -29,7 +29,9 @@ from countermark.policy.value import (
     Policy,
     Profile,
     Waiver,
+    WitnessRule,
 )
+from countermark.tlog.cosignature import VerifierKey, parse_vkey
 
 VERSION: Final = 1
 MAX_BYTES: Final = 8 * 1024 * 1024
@@ -147,13 +149,25 @@ def _root(table: _Table, key: str, vendor: str, digest: bytes) -> bytes:
     return _hex(text.removeprefix(_SIMULATED), 32, table.name(key))
 
 
-def _enum(table: _Table, key: str, kind: type[Profile | GpuFreshnessRule | GpuRevocationRule]) -> Any:
-    text = table.get(key, str)
+def _enum(
+    table: _Table,
+    key: str,
+    kind: type[Profile | GpuFreshnessRule | GpuRevocationRule | WitnessRule],
+    default: object = ...,
+) -> Any:
+    text = table.get(key, str, default)
     try:
         return kind(text)
     except ValueError as err:
         message = f"{table.name(key)}: expected {' or '.join(item.value for item in kind)}, got {text!r:.80}"
         raise PolicyError(message, code="policy.value") from err
+
+
+def _vkeys(table: _Table, key: str) -> tuple[VerifierKey, ...]:
+    try:
+        return tuple(map(parse_vkey, table.texts(key)))
+    except FormatError as err:
+        raise PolicyError(f"{table.name(key)}: {err}", code="policy.value") from err
 
 
 def load_policy(path: Path | str) -> Policy:
@@ -177,7 +191,7 @@ def parse_policy(data: bytes) -> Policy:
         raise PolicyError(f"version: expected {VERSION}, got {top.values['version']}", code="policy.version")
     trust, manifest, endorsements = top.table("trust"), top.table("manifest"), top.table("endorsements")
     tdx, hardware, gpu = top.table("tdx"), top.table("hardware"), top.table("gpu")
-    model, config, images = top.table("model"), top.table("config"), top.tables("image")
+    model, config, log, images = top.table("model"), top.table("config"), top.table("log"), top.tables("image")
     values: dict[str, Any] = {
         "profile": _enum(top, "profile", Profile),
         "created": top.time("created"),
@@ -209,8 +223,12 @@ def parse_policy(data: bytes) -> Policy:
         "numerics": model.texts("numerics"),
         "any_config": config.get("any", bool, False),
         "configs": config.digests("digests", 32),
+        "operator_log": _vkeys(log, "operator") or None,
+        "witnesses": _vkeys(log, "witnesses"),
+        "witnesses_required": log.get("witnesses_required", int, 0),
+        "witnessed": _enum(log, "witnessed", WitnessRule, WitnessRule.EPOCH.value),
     }
-    for table in (trust, manifest, endorsements, tdx, hardware, gpu, model, config, *images):
+    for table in (trust, manifest, endorsements, tdx, hardware, gpu, model, config, log, *images):
         table.end()
     return Policy(**values)
 
@@ -299,6 +317,13 @@ def encode_policy(policy: Policy) -> str:
         "[config]  # the operator's measured configuration file",
         f"any = {_bool(policy.any_config)}  # true: whatever the operator configured; the verdict names it",
         f"digests = {_list(policy.configs)}  # SHA-256 of the file",
+        "",
+        "[log]  # who else must have seen the node's log; all of it may be absent",
+        f"operator = {_list(map(str, policy.operator_log or ()))}  # both verifier keys of the operator log",
+        f"witnesses = {_list(map(str, policy.witnesses))}  # verifier keys; a witness with two must sign with both",
+        f"witnesses_required = {policy.witnesses_required}  # so many must have cosigned; 0: results say unwitnessed",
+        f'witnessed = "{policy.witnessed.value}"  # of what: epoch, or epoch-and-receipt, which a bundle must then'
+        " show",
     ]
     for image in policy.images:
         lines += ["", *_image_lines(image)]

@@ -14,10 +14,11 @@ from enum import Enum
 from typing import Final
 
 from countermark.checks import rfc3339
-from countermark.errors import PolicyError
+from countermark.errors import FormatError, PolicyError
 from countermark.formats.manifest import ImageKind, Manifest
 from countermark.numerics import CURRENT
 from countermark.policy.modules import KNOWN_MRSEAM
+from countermark.tlog.cosignature import WITNESS_TYPES, VerifierKey, log_keys, names_of
 
 # SHA-256 of the DER certificates: Intel SGX Root CA, NVIDIA Device Identity CA, NVIDIA CoRIM signing Root CA.
 INTEL_SGX_ROOT: Final = bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")
@@ -74,6 +75,16 @@ class GpuRevocationRule(Enum):
     OPTIONAL = "if-given"
 
 
+class WitnessRule(Enum):
+    """What the required witnesses must have seen. `EPOCH`: that the boot stands in the operator log.
+
+    `EPOCH_AND_RECEIPT`: offline also a checkpoint of the boot's own log that extends the receipt's.
+    """
+
+    EPOCH = "epoch"
+    EPOCH_AND_RECEIPT = "epoch-and-receipt"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiver:
     """Something Intel advises against that is accepted all the same `until` a time (unix seconds)."""
@@ -89,6 +100,8 @@ class Policy:
     `tdx_root`, `gpu_root`, `rim_root`: SHA-256 of the root certificates. `images`: verified manifests, whose registers
     are the reference values. `manifest_version`: the highest seen, never lowered. `manifest_signers`: SHA-256 of both
     COSE_Keys. `ppids`, `gpu_chips`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
+    `operator_log`: its two verifier keys, or none. `witnesses`: verifier keys; those of one name are one witness, which
+    counts when all of them have signed, and `witnesses_required` of them must.
     Constructing one that contradicts itself raises `PolicyError`.
     """
 
@@ -119,6 +132,10 @@ class Policy:
     numerics: tuple[str, ...] = (CURRENT,)
     any_config: bool = False
     configs: tuple[bytes, ...] = ()
+    operator_log: tuple[VerifierKey, ...] | None = None
+    witnesses: tuple[VerifierKey, ...] = ()
+    witnesses_required: int = 0
+    witnessed: WitnessRule = WitnessRule.EPOCH
 
     def __post_init__(self) -> None:
         """Raises `PolicyError` `policy.root`, `.validity`, `.value`, `.image` or `.contradiction`."""
@@ -176,6 +193,7 @@ def _check(policy: Policy) -> None:
         raise _refuse("hardware: expected either any = true or lists, got both", "contradiction")
     if policy.any_config and policy.configs:
         raise _refuse("config: expected either any = true or digests, got both", "contradiction")
+    _check_log(policy)
     for image in policy.images:
         if image.kind not in _KINDS[policy.profile]:
             kinds = " or ".join(kind.value for kind in _KINDS[policy.profile])
@@ -187,6 +205,26 @@ def _check(policy: Policy) -> None:
         if image.image_id in policy.revoked_images:
             wanted = "expected none that manifest.revoked_images lists"
             raise _refuse(f"image {image.image_id.hex()}: {wanted}", "image")
+
+
+def _check_log(policy: Policy) -> None:
+    if policy.operator_log is not None:
+        try:
+            log_keys(policy.operator_log)
+        except FormatError as err:
+            raise _refuse(f"log.operator: {err}", "value") from err
+    for key in policy.witnesses:
+        if key.kind not in WITNESS_TYPES:
+            wanted = "expected a witness's verifier key, of type 0x04 or 0x06"
+            raise _refuse(f"log.witnesses: {wanted}, got {key.kind:#04x} of {key.name}", "value")
+    if len(set(policy.witnesses)) != len(policy.witnesses):
+        raise _refuse("log.witnesses: expected each verifier key once, got one twice", "value")
+    most = len(names_of(policy.witnesses))
+    if not 0 <= policy.witnesses_required <= most:
+        wanted = f"expected 0 to {most}, the witnesses named"
+        raise _refuse(f"log.witnesses_required: {wanted}, got {policy.witnesses_required}", "contradiction")
+    if policy.witnesses_required and policy.operator_log is None:
+        raise _refuse("log.operator: expected the log that witnesses are required of, got none", "contradiction")
 
 
 def _simulated_key(policy: Policy) -> str:

@@ -8,7 +8,8 @@ root}, FIPS 204 with the empty context. Our logs sign with the origin as the key
 because 0x06 does not cover them: a checkpoint with any is refused. Lines of unknown keys (witnesses) are ignored, as
 the specification demands.
 
-Not checked here: the mathematics of a signature; the caller supplies `VerifySignature`. Witness cosignatures.
+Not checked here: the mathematics of a signature; the caller supplies `VerifySignature`. Cosignatures of witnesses
+(`tlog.cosignature`).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def parse_checkpoint_text(text: str) -> Checkpoint:
         value = Checkpoint(origin=origin, size=_decimal(size), root=base64.b64decode(root, validate=True))
     except (binascii.Error, ValueError) as err:
         raise FormatError("checkpoint: expected a decimal size and a base64 root", code="tlog.checkpoint") from err
-    if len(value.root) != HASH_BYTES or value.size > MAX_SIZE or checkpoint_text(value) != text or not _name(origin):
+    if len(value.root) != HASH_BYTES or value.size > MAX_SIZE or checkpoint_text(value) != text or not is_name(origin):
         raise FormatError("checkpoint: expected canonical origin, size and root", code="tlog.checkpoint")
     return value
 
@@ -194,7 +195,7 @@ def _our_line(note: Note, name: str, kind: int, public_key: bytes, length: int) 
 
 def _signature(line: str) -> Signature:
     name, space, encoded = line.removeprefix(_DASH).partition(" ")
-    if not line.startswith(_DASH) or not space or not _name(name):
+    if not line.startswith(_DASH) or not space or not is_name(name):
         raise _note_error("lines `— <key name> <base64>`")
     try:
         blob = base64.b64decode(encoded, validate=True)
@@ -205,8 +206,8 @@ def _signature(line: str) -> Signature:
     return Signature(name=name, key_id=blob[:4], blob=blob[4:])
 
 
-def _name(name: str) -> bool:
-    """Not empty, at most 255 bytes, neither plus nor any Unicode space."""
+def is_name(name: str) -> bool:
+    """What may name a key or a log: not empty, at most 255 bytes, neither plus nor any Unicode space."""
     return 0 < len(name.encode()) <= MAX_NAME_BYTES and "+" not in name and not any(map(str.isspace, name))
 
 

@@ -13,10 +13,12 @@ class AttestRequest(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
 
 class AttestResponse(_message.Message):
-    __slots__ = ("evidence",)
+    __slots__ = ("evidence", "witnessed")
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    WITNESSED_FIELD_NUMBER: _ClassVar[int]
     evidence: bytes
-    def __init__(self, evidence: _Optional[bytes] = ...) -> None: ...
+    witnessed: bytes
+    def __init__(self, evidence: _Optional[bytes] = ..., witnessed: _Optional[bytes] = ...) -> None: ...
 
 class GetEvidenceRequest(_message.Message):
     __slots__ = ()
