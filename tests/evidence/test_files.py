@@ -171,6 +171,15 @@ def test_a_bundle_through_the_command_line(folder: Path, evidence: Evidence) -> 
     assert evidence("gpu", "--bundle", folder / "quote.bin", "--at", NOW)[0]["code"] == "nvidia_evidence.json"
 
 
+def test_requests_of_nvidias_first_verifiers_have_hex_in_base64(made: Made) -> None:
+    items = json.loads(bundle(made.gpu))
+    for item in items:
+        item["evidence"] = base64.b64encode(base64.b64decode(item["evidence"]).hex().encode()).decode()
+    for value in ({"nonce": NONCE.hex(), "arch": "HOPPER", "evidence_list": items}, items[0]):
+        found = appraise_gpu_bundle(json.dumps(value).encode(), NONCE, policy(), now=NOW)
+        assert (found.verdict, found.code) == (Outcome.ACCEPT, "")
+
+
 def test_what_is_wrong_in_one_file_does_not_hide_what_is_wrong_in_another(made: Made) -> None:
     files = GpuFiles(rims=made.endorsements.gpu_rims, crls=(b"0",))
     report = made.gpu[0].report

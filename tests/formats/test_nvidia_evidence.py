@@ -1,4 +1,4 @@
-"""NVIDIA's serialised evidence in its four published shapes, made here from genuine reports and chains."""
+"""NVIDIA's serialised evidence in its five published shapes, made here from genuine reports and chains."""
 
 from __future__ import annotations
 
@@ -86,6 +86,14 @@ def test_the_tools_output_and_the_services_request() -> None:
     request = {"nonce": NONCE.hex(), "arch": "BLACKWELL", "evidence_list": [bare, bare], "claims_version": "3.0"}
     found = parse(request)
     assert [(gpu.nonce, gpu.arch) for gpu in found] == [(NONCE, "BLACKWELL")] * 2
+
+
+def test_a_request_before_there_were_lists() -> None:
+    text = vectors.gpu_report("h100-550").hex().encode()
+    (found,) = parse({"nonce": NONCE.hex(), "arch": "HOPPER", "evidence": b64(text), "certificate": b64(chain_pem())})
+    (good,) = parse([item()])
+    assert found.report == text
+    assert (found.chain, found.nonce, found.arch) == (good.chain, NONCE, "HOPPER")
 
 
 def test_a_conceptual_message_wrapper() -> None:

@@ -1,15 +1,17 @@
 """GPU evidence as NVIDIA's tools serialise it: several GPUs in one JSON text, each with report and certificates.
 
-Four shapes, as published in NVIDIA/attestation-sdk and NVIDIA/nvtrust and on docs.nvidia.com/attestation:
+Five shapes, as published in NVIDIA/attestation-sdk and NVIDIA/nvtrust and on docs.nvidia.com/attestation:
 
     [{version?: "1.0", arch, nonce?, evidence, certificate, driver_version?, vbios_version?}, ...]   SDK, both languages
     {evidences: [as above], ...}                                                       `nvattest collect-evidence`
     {nonce?, arch?, evidence_list: [{evidence, certificate, ...}], ...}                a request to the remote service
+    {nonce?, arch?, evidence, certificate}                                             an older request, of one GPU
     {__cmwc_t: "tag:nvidia.com,2026:verifier-input/...", nonce?, NAME: ITEM, ...}      conceptual message wrapper (CMW)
     ITEM = {__cmwc_t: "tag:nvidia.com,2026:evidence-item/v1", evidence, certificate?, nonce?, ...}
 
-In the first three `evidence` is the report and `certificate` the PEM chain, both in base64; `nonce` is hex. In a CMW
-each value is [media type, base64url]. Members that are not named here are vendors' own and ignored.
+In the first four `evidence` is the report and `certificate` the PEM chain, both in base64; `nonce` is hex. Requests of
+NVIDIA's first verifiers (nvtrust, `build_payload`) had the report's hex text in the base64, and many tools still write
+that. In a CMW each value is [media type, base64url]. Members that are not named here are vendors' own and ignored.
 
 Not checked here: that `nonce`, versions and architecture are those of the report, which is what the GPU signed; items
 that are no GPU (a switch) are refused.
@@ -48,7 +50,8 @@ _NONCE_TYPE: Final = "application/octet-stream"
 class GpuFile:
     """One GPU of a file. `nonce` is what the file says was asked; None when it does not say.
 
-    `arch`, `driver_version`, `vbios_version`: what the file says, empty when it does not; the report is what counts.
+    `report`: binary or hex text, as the file has it. `arch`, `driver_version`, `vbios_version`: what the file says,
+    empty when it does not; the report is what counts.
     """
 
     report: bytes
@@ -72,7 +75,9 @@ def parse_gpu_bundle(data: bytes) -> tuple[GpuFile, ...]:
         return _items(value["evidences"], {})
     if "evidence_list" in value:
         return _items(value["evidence_list"], {name: value[name] for name in ("nonce", "arch") if name in value})
-    raise _refuse("form", "expected evidences, evidence_list or a CMW")
+    if "evidence" in value:
+        return _items([value], {})
+    raise _refuse("form", "expected evidence, evidences, evidence_list or a CMW")
 
 
 def _refuse(code: str, message: str) -> FormatError:

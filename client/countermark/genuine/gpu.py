@@ -118,7 +118,7 @@ def appraise_gpu_bundle(
     checks = Checks(GpuError)
     found = checks.run("1", "the evidence file parses", partial(_read_bundle, bundle)) or ()
     gpus = [
-        _parse(checks, f"{name}: ", item.report, partial(x509chain.parse_der_chain, item.chain, "gpu"))
+        _parse(checks, f"{name}: ", hex_or_binary(item.report), partial(x509chain.parse_der_chain, item.chain, "gpu"))
         for name, item in _numbered("GPU", found)
     ]
     source = ""
