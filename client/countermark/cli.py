@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from countermark import arguments, endorsements_cli, evidence_cli, terminal
+from countermark import arguments, bundle_cli, endorsements_cli, evidence_cli, explain, terminal
 from countermark import policy as policies
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
@@ -70,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         worst: CountermarkError | None = args.run(args)
     except CountermarkError as err:
-        terminal.show_error(err)
+        explained = getattr(args, "explain", False)
+        terminal.show_error(err, explain=explained)
         if getattr(args, "json", False):
-            _print_json(_refusal(err))
+            _print_json(_refusal(err) | (explain.as_json(err.checks, err.code) if explained else {}))
         return err.exit_code
     except KeyboardInterrupt:
         terminal.note("\nstopped before the end: nothing was verified to the end, nothing was saved")
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--policy", type=Path, required=True)
     verify.add_argument("--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: now)")
     verify.add_argument("--endorsements", type=Path, metavar="JSON", help="use these of Intel's, not the bundle's")
+    verify.add_argument("--explain", action="store_true", help="say what each failed or skipped check means")
 
     again = _command(commands, "replay", _replay, "verify bundles and run their answers again", json_=True)
     again.add_argument(
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.AUDIT.value)
     again.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run it (default: cpu)")
 
+    bundle_cli.add_commands(commands, _command)
     evidence_cli.add_commands(commands, _command)
     endorsements_cli.add_command(commands, _command)
 
@@ -248,7 +251,7 @@ def _verify(args: argparse.Namespace) -> None:
     own = None if args.endorsements is None else read_file(args.endorsements)
     verified = _verified(args, args.bundle, load_policy(args.policy), endorsements=own)
     if args.json:
-        _print_json(verified.as_json())
+        _print_json(verified.as_json() | (explain.as_json(verified.checks) if args.explain else {}))
     else:
         print(verified)
 
@@ -365,7 +368,7 @@ def _verified(
     if not quiet:
         if verified.verdict.simulated:
             terminal.show_simulated()
-        terminal.show_checks(verified.checks)
+        terminal.show_checks(verified.checks, explain=getattr(args, "explain", False))
     return verified
 
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from countermark.checks import Check, Status
 from countermark.errors import CountermarkError, Unavailable, Undecidable, UsageError
+from countermark.explain import explain_check, explain_code
 
 OUT = Console(soft_wrap=True, highlight=False)
 ERR = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -32,8 +33,11 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def show_checks(checks: Iterable[Check], *, console: Console | None = None) -> None:
-    """One line a check: number, PASS, FAIL or SKIP, name, what was seen (digests cut where nothing is wrong)."""
+def show_checks(checks: Iterable[Check], *, console: Console | None = None, explain: bool = False) -> None:
+    """One line a check: number, PASS, FAIL or SKIP, name, what was seen (digests cut where nothing is wrong).
+
+    `explain`: and below one that did not pass, a line with what that means and what to do.
+    """
     console = console or ERR
     for check in checks:
         style = _STYLE[check.status]
@@ -47,6 +51,8 @@ def show_checks(checks: Iterable[Check], *, console: Console | None = None) -> N
             text = textwrap.fill(text, max(console.width - len(_INDENT), 40), break_long_words=False)
             text = text.replace("\n", between)
         console.print(head + (f"{between}[dim]{escape(text)}[/dim]" if text else ""))
+        if explain and (advice := explain_check(check)) is not None:
+            console.print(f"{_INDENT}{escape(str(advice))}")
 
 
 def step(text: str) -> None:
@@ -67,16 +73,18 @@ def show_simulated(*, console: Console = ERR) -> None:
     )
 
 
-def show_error(err: CountermarkError) -> None:
-    """A refusal: the checks made so far, then what differed and the stable code."""
+def show_error(err: CountermarkError, *, explain: bool = False) -> None:
+    """A refusal: the checks made so far, then what differed and the stable code; `explain`: and what to do."""
     *before, last = err.checks or (None,)
-    show_checks(check for check in before if check)
+    show_checks((check for check in before if check), explain=explain)
     if last is not None:  # what differed stands once, in the last line
         show_checks([replace(last, detail="") if last.detail == str(err) else last])
     words = ((Unavailable, "unavailable"), (Undecidable, "cannot decide"), (UsageError, "error"))
     word = next((word for kind, word in words if isinstance(err, kind)), "refused")
     step = f"step {err.step}, " if err.step else ""
     ERR.print(f"[bold red]{word}[/bold red] ({step}{err.code}): {escape(printable(str(err)))}")
+    if explain and (advice := explain_code(err.code)) is not None:
+        ERR.print(f"{_INDENT}{escape(str(advice))}")
 
 
 @contextmanager
