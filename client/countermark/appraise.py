@@ -9,9 +9,8 @@ TLS key are assertions of whoever made the bundle) and step 11 does not apply. T
 none of its own, so what is proven is that everything is valid at `now`. A retired numerics profile is refused live, and
 passes offline, because `verify_bundle` checks the rest before it says that a bundle under one is undecidable.
 
-Not checked here: receipts and logs (other modules, which take a Verdict), GPU reference manifests and certificate
-revocation by OCSP (so evidence under NVIDIA's root is undecidable), and where a machine stands unless the policy lists
-it.
+Not checked here: receipts and logs (other modules, which take a Verdict), and where a machine stands unless the policy
+lists it.
 """
 
 from __future__ import annotations

@@ -8,22 +8,26 @@ from datetime import datetime
 from typing import Final
 
 _TIMES: Final = "expected a time such as 2026-01-31T12:00:00Z, Unix seconds, or 'now'"
-_LAST: Final = 253_402_300_799  # the end of the year 9999: no calendar date has later seconds
+_LAST: Final = 253_370_764_799  # the end of the year 9998: a policy made then ends in one that calendars have
 
 
 def moment(text: str) -> int | None:
     """Unix seconds of an RFC 3339 time or of a number; None for `now`."""
     if text == "now":
         return None
-    if re.fullmatch("[0-9]{1,12}", text) and int(text) <= _LAST:
-        return int(text)
-    try:
-        value = datetime.fromisoformat(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r}") from err
-    if value.tzinfo is None:
-        raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r} without an offset")
-    return int(value.timestamp())
+    if re.fullmatch("[0-9]{1,12}", text):
+        seconds = int(text)
+    else:
+        try:
+            value = datetime.fromisoformat(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r}") from err
+        if value.tzinfo is None:
+            raise argparse.ArgumentTypeError(f"{_TIMES}, got {text!r} without an offset")
+        seconds = int(value.timestamp())
+    if not 0 <= seconds <= _LAST:
+        raise argparse.ArgumentTypeError(f"expected a time in the years 1970 to 9998, got {text!r}")
+    return seconds
 
 
 def digest(text: str) -> bytes:

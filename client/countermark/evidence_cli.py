@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from countermark.genuine import (
     appraise_gpu_files,
     appraise_tdx_files,
 )
-from countermark.policy import Policy, Profile, load_policy, new_policy
+from countermark.policy import KNOWN_MRSEAM, Policy, Profile, load_policy, new_policy
 
 Command = Callable[..., argparse.ArgumentParser]
 
@@ -113,7 +114,9 @@ def _with_root(path: Path, policy: Policy, *, named: bool, now: int) -> Policy:
     if named:
         message = f"--root-ca: expected the policy's root {policy.tdx_root.hex()}, got {root.hex()}"
         raise UsageError(message, code="usage.root")
-    return new_policy(Profile.TEST, now=now, simulated_tdx_root=root)
+    policy = new_policy(Profile.TEST, now=now, simulated_tdx_root=root)
+    # Who holds that root's key can state any module; made evidence often states one of Intel's.
+    return replace(policy, mrseam=(*policy.mrseam, *KNOWN_MRSEAM))
 
 
 def _show(args: argparse.Namespace, result: FileAppraisal) -> CountermarkError | None:

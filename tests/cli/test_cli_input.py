@@ -13,7 +13,7 @@ from countermark import cli, terminal
 from countermark.checks import Check, Status
 from countermark.cli import main
 from countermark.errors import QuoteError
-from countermark.policy import Profile, encode_policy, new_policy
+from countermark.policy import Profile, encode_policy, new_policy, parse_policy
 
 
 def test_a_prompt_that_is_no_text_is_refused(
@@ -42,6 +42,20 @@ def test_a_manifest_without_a_bundle_is_refused(tmp_path: Path, capsys: pytest.C
     call = ["chat", "localhost:1", "hello", "--policy", str(policy), "--manifest", str(policy), "--json"]
     assert main(call) == 1
     assert json.loads(capsys.readouterr().out)["code"] == "usage.bundle"
+
+
+@pytest.mark.parametrize("text", ["1969-12-31T23:59:59Z", "9999-12-20T00:00:00Z", "253402300799", "999999999999"])
+def test_a_time_without_a_date_in_a_policy_is_a_wrong_call(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["policy", "new", "--at", text])
+    assert stopped.value.code == 1
+    assert "expected a time in the years 1970 to 9998" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0", "9998-12-31T23:59:59Z"])
+def test_every_other_time_makes_a_policy_that_reads_back(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", "new", "--at", text]) == 0
+    parse_policy(capsys.readouterr().out.encode())
 
 
 def test_ctrl_c_says_that_nothing_was_verified(
