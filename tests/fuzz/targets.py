@@ -36,13 +36,14 @@ from countermark.formats import (
     records,
     report_data,
     spdm,
+    witnessed,
 )
 from countermark.gpu.report import DICE_FWID
 from countermark.gpu.revocation import parse_ocsp
 from countermark.gpu.rim import parse_rim
 from countermark.policy import encode_policy, parse_policy
 from countermark.tdx.endorsements import parse_endorsements
-from countermark.tlog import checkpoint, tiles
+from countermark.tlog import checkpoint, cosignature, tiles
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.config import parse_config
@@ -153,6 +154,30 @@ def leaves() -> list[bytes]:
 
 def manifest_statements() -> list[bytes]:
     return [manifest.encode_manifest(image) for image in policy_for(machine()).images]
+
+
+def epoch() -> bytes:
+    return records.encode_record(world().machine.recorder.epoch)
+
+
+def witnessed_starts() -> list[bytes]:
+    accepted = world().committed.acceptance
+    start = witnessed.Witnessed(
+        record=epoch(),
+        salt=bytes(32),
+        index=7,
+        proof=(bytes(32),) * 3,
+        checkpoint=accepted.checkpoint,
+        boot_proof=accepted.proof,
+        boot_checkpoint=accepted.checkpoint,
+    )
+    return [witnessed.encode_witnessed(start)]
+
+
+def sidecars() -> list[bytes]:
+    machine_ = world().machine
+    side = witnessed.Sidecar(epoch=machine_.recorder.epoch, salt=bytes(32), keys=machine_.keyring.role_keys())
+    return [witnessed.encode_sidecar(side)]
 
 
 NODE = b"""
@@ -338,6 +363,42 @@ TARGETS: dict[str, Target] = {
         parse=lambda data: checkpoint.parse_checkpoint_text(checkpoint.parse_note(data).text),
         seeds=lambda: [world().committed.acceptance.checkpoint],
         covers=("tlog.checkpoint.parse_note", "tlog.checkpoint.parse_checkpoint_text"),
+    ),
+    "operator log's leaf": Target(
+        parse=witnessed.parse_operator_leaf,
+        seeds=lambda: [witnessed.encode_operator_leaf(epoch(), bytes(32))],
+        covers=("formats.witnessed.parse_operator_leaf",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "witnessed start": Target(
+        parse=witnessed.parse_witnessed,
+        seeds=witnessed_starts,
+        covers=("formats.witnessed.parse_witnessed",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "receipt's witness": Target(
+        parse=witnessed.parse_receipt_witness,
+        seeds=lambda: [
+            witnessed.encode_receipt_witness(
+                witnessed.ReceiptWitness(checkpoint=world().committed.acceptance.checkpoint, proof=(bytes(32),) * 3)
+            )
+        ],
+        covers=("formats.witnessed.parse_receipt_witness",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "sidecar": Target(
+        parse=witnessed.parse_sidecar,
+        seeds=sidecars,
+        covers=("formats.witnessed.parse_sidecar",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "verifier key": Target(
+        parse=lambda data: cosignature.parse_vkey(data.decode("utf-8", "replace")),
+        seeds=lambda: [
+            str(cosignature.VerifierKey(name="log.example", kind=1, public=bytes(range(32)))).encode(),
+            str(cosignature.VerifierKey(name="log.example", kind=6, public=bytes(1312))).encode(),
+        ],
+        covers=("tlog.cosignature.parse_vkey",),
     ),
     "entry bundle": Target(
         parse=lambda data: tiles.parse_entries(data, 3),
