@@ -1,8 +1,8 @@
 """Verify a bundle offline: the appraisal's steps in scope `bundle`, then the receipt's, then what only a bundle has.
 
 1-11 `appraise` · 12-18 `receipt` · 19 the measurement manifest that came along is signed by the policy's signers and
-describes the appraised image (SKIP without one: the policy's own reference values were used) · 20 witnesses: this
-version knows none, so every result is labelled `unwitnessed`.
+describes the appraised image (SKIP without one: the policy's own reference values were used) · 20 `witness`: the start
+in the operator log, and who has seen it; `unwitnessed` where the policy asks nobody.
 
 A redacted bundle is verified as far as it goes, and says so: `redacted`, and a SKIP for each step that could not look
 at what was left out. What is left is proven as if nothing were missing; nothing is replayed of it.
@@ -32,8 +32,8 @@ from countermark.receipt import (
     verify_receipt,
     verify_redacted,
 )
+from countermark.witness import verify_receipt_witness, verify_witnessed
 
-UNWITNESSED: Final = "unwitnessed"
 _SEAL: Final = object()
 
 
@@ -96,9 +96,9 @@ def verify_bundle(
     """Verify a bundle under a policy at time `at` (unix seconds), or raise.
 
     `time_basis`: `NOW` when `at` is this machine's clock, `ASSUMED` when somebody chose it. `endorsements`: Intel's, to
-    be used instead of the bundle's. Raises what `appraise`, `verify_accepted` and `verify_receipt` raise, for step 19
-    `FormatError` (`manifest.*`) or `MeasurementError` (`manifest.*`), and after the last step `Undecidable`
-    (`profile.retired`); the error carries all checks made so far.
+    be used instead of the bundle's. Raises what `appraise`, `verify_accepted`, `verify_receipt`, `verify_witnessed` and
+    `verify_receipt_witness` raise, for step 19 `FormatError` (`manifest.*`) or `MeasurementError` (`manifest.*`), and
+    after the last step `Undecidable` (`profile.retired`); the error carries all checks made so far.
     """
     verdict = appraise(
         bundle.evidence, policy, now=at, scope=Scope.BUNDLE, time_basis=time_basis, endorsements=endorsements
@@ -114,9 +114,10 @@ def verify_bundle(
                 message = f"image id: expected {verdict.image_id.hex()}, got {image.image_id.hex()}"
                 raise MeasurementError(message, code="manifest.image")
             detail.append(f"image {image.image_id.hex()}, version {image.version}")
-    steps.skip("20", "log witnesses", f"{UNWITNESSED}: nobody else is known to have seen this log")
-    refuse_retired(verdict.profile, steps.done)
-    return Verification(receipt=receipt, redacted=bundle.redacted, checks=steps.done, witnesses=UNWITNESSED, seal=_SEAL)
+    witnessed = verify_witnessed(bundle.epoch, verdict, policy, checks=steps.done)
+    checks = verify_receipt_witness(bundle.witness, receipt, policy, checks=witnessed.checks)
+    refuse_retired(verdict.profile, checks)
+    return Verification(receipt=receipt, redacted=bundle.redacted, checks=checks, witnesses=str(witnessed), seal=_SEAL)
 
 
 def _verify_receipt(bundle: Bundle, verdict: Verdict) -> RedactedReceipt:

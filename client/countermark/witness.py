@@ -31,15 +31,15 @@ from countermark.formats.witnessed import (
 )
 from countermark.logkeys import verify_signature
 from countermark.policy import Policy, WitnessRule
-from countermark.receipt import CheckedReceipt, Sealed, Steps
+from countermark.receipt import RedactedReceipt, Sealed, Steps
 from countermark.tlog.checkpoint import Checkpoint, LogKeys, verify_checkpoint
 from countermark.tlog.cosignature import log_keys, verify_cosignatures
 from countermark.tlog.merkle import leaf_hash, verify_consistency, verify_inclusion
 
 UNWITNESSED: Final = "unwitnessed"
 STEP: Final = "20"
-_EPOCH: Final = "this start in the operator log, seen by witnesses"
-_RECEIPT: Final = "the receipt's log seen by witnesses"
+_EPOCH: Final = "log witnesses"
+_RECEIPT: Final = "log witnesses of the receipt"
 _SEAL: Final = object()
 
 
@@ -102,16 +102,16 @@ def verify_witnessed(
 
 
 def verify_receipt_witness(
-    data: bytes | None, receipt: CheckedReceipt, policy: Policy, *, checks: tuple[Check, ...] | None = None
-) -> tuple[tuple[Check, ...], tuple[str, ...]]:
-    """Check the cosigned checkpoint that came along with a receipt: all checks so far, and the witnesses that count.
+    data: bytes | None, receipt: RedactedReceipt, policy: Policy, *, checks: tuple[Check, ...] | None = None
+) -> tuple[Check, ...]:
+    """Check the cosigned checkpoint that came along with a receipt; all checks so far.
 
     Nothing is asked for unless the policy says `WitnessRule.EPOCH_AND_RECEIPT`. Raises as `verify_witnessed`.
     """
     steps = Steps(receipt.checks if checks is None else checks)
     required = bool(policy.witnesses_required) and policy.witnessed is WitnessRule.EPOCH_AND_RECEIPT
     if not policy.witnesses or (data is None and not required):
-        return steps.done, ()
+        return steps.done
     with steps.step(STEP, _RECEIPT) as detail:
         if data is None:
             raise _unwitnessed("the receipt's checkpoint", policy, ())
@@ -119,7 +119,7 @@ def verify_receipt_witness(
         head = _verify_growth(witness, receipt)
         names = _counted(witness.checkpoint, policy, "the receipt's checkpoint", required=required)
         detail.append(f"sizes {receipt.checkpoint.size}, {head.size}; witnessed by {', '.join(names) or 'nobody'}")
-    return steps.done, names
+    return steps.done
 
 
 def _verify_epoch(data: bytes, verdict: Verdict, policy: Policy) -> tuple[Checkpoint, int, bytes | None, bytes]:
@@ -144,7 +144,7 @@ def _verify_epoch(data: bytes, verdict: Verdict, policy: Policy) -> tuple[Checkp
     return head, witnessed.index, previous, witnessed.checkpoint
 
 
-def _verify_growth(witness: ReceiptWitness, receipt: CheckedReceipt) -> Checkpoint:
+def _verify_growth(witness: ReceiptWitness, receipt: RedactedReceipt) -> Checkpoint:
     verdict, before = receipt.verdict, receipt.checkpoint
     head = verify_checkpoint(witness.checkpoint, verdict.log_origin, boot_keys(verdict), verify_signature)
     verify_consistency(before.size, head.size, before.root, head.root, witness.proof)

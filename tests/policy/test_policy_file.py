@@ -218,7 +218,7 @@ def test_an_image_that_contradicts_the_file_is_refused_by_the_key_it_contradicts
 
 def test_every_scalar_is_required() -> None:
     lines = encode_policy(new_policy(Profile.PRODUCTION, now=NOW)).splitlines()
-    optional = {"any"}
+    optional = {"any", "witnesses_required", "witnessed"}
     for index, line in enumerate(lines):
         key, equals, value = line.partition(" = ")
         if not equals or key.startswith(("#", "[")) or value.startswith("[") or key in optional or " " in key:
