@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from countermark import arguments, bundle_cli, endorsements_cli, evidence_cli, explain, terminal
+from countermark import arguments, bundle_cli, endorsements_cli, evidence_cli, explain, gate_cli, log_cli, terminal
 from countermark import policy as policies
 from countermark.appraise import TimeBasis, Verdict
 from countermark.bundle import read_bundle
@@ -143,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     bundle_cli.add_commands(commands, _command)
     evidence_cli.add_commands(commands, _command)
     endorsements_cli.add_command(commands, _command)
+    log_cli.add_commands(commands, _command)
+    gate_cli.add_command(commands, _command)
 
     policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
         required=True, metavar="ACTION"

@@ -79,7 +79,11 @@ class ScriptedEngine:
             stop=request.stop,
             stop_tokens=(2,),
             sampling=resolve_sampling(
-                vocab=1000, temperature=request.temperature, top_p=request.top_p, seed=request.seed
+                vocab=1000,
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                seed=request.seed,
             ),
             ignore_eos=bool(request.ignore_eos),
             logprobs=resolve_logprobs(request.logprobs),
