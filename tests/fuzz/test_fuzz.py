@@ -76,6 +76,17 @@ def test_the_driver_sees_what_it_is_for(parse: object, monkeypatch: pytest.Monke
     assert driver.fuzz("bad", 10, 1)["refused"] == {"some.code": 9}
 
 
+def test_a_parser_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loop(data: bytes) -> None:
+        while data != b"abc":
+            pass
+
+    monkeypatch.setattr(driver, "HANG_S", 0.2)
+    monkeypatch.setitem(TARGETS, "bad", Target(parse=loop, seeds=lambda: [b"abc"], covers=()))
+    with pytest.raises(AssertionError, match="processor time"):
+        driver.fuzz("bad", 1000, 1)
+
+
 def _refuse(data: bytes) -> None:
     if data != b"abc":
         raise FormatError("refused", code="some.code")
