@@ -6,6 +6,7 @@ import base64
 import datetime
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from cryptography import x509
@@ -14,11 +15,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
 import vectors
-from countermark.errors import CountermarkError, UsageError
+from countermark.errors import CountermarkError
 from countermark.fetch import nvidia
 from countermark.fetch.https import Service
-from countermark.fetch.nvidia import driver_rim_id, fetch_ocsp, fetch_rim, revocable, rim_ids, vbios_rim_id
-from countermark.formats.spdm import parse_report
+from countermark.fetch.nvidia import fetch_ocsp, fetch_rim, revocable, rim_ids
+from countermark.formats.spdm import Opaque, OpaqueType, parse_report
 from countermark_appliance.platform.sim.issue import Issued
 from sim_evidence import NOW, machine
 from vendor_service import Reply, serving
@@ -41,25 +42,24 @@ def refusal(call: Callable[[], object]) -> str:
     return err.value.code
 
 
-def test_the_ids_are_those_under_which_nvidia_publishes() -> None:
-    assert driver_rim_id("550.144.03") == DRIVER
-    assert driver_rim_id("580.1", "GB100") == "NV_GPU_DRIVER_GB100_580.1"
-    assert vbios_rim_id("1010", "0200", "882", "96.00.9f.00.01") == "NV_GPU_VBIOS_1010_0200_882_96009F0001"
-    assert vbios_rim_id("g520", "0280", "895", "96.00.D0.00.03") == "NV_GPU_VBIOS_G520_0280_895_9600D00003"
-    for wrong in ("", "550/..", "a b", "ä", "a?b", "x" * 40):
-        for call in (lambda: driver_rim_id(wrong), lambda: vbios_rim_id("1010", wrong, "882", "96")):  # noqa: B023
-            with pytest.raises(UsageError) as err:
-                call()
-            assert err.value.code == "usage.rim_id"
-
-
 @pytest.mark.parametrize(
     ("name", "driver", "vbios"),
     [("h100-550", "550.90.07", "96009F0001"), ("h100-535", "535.86.09", "96005E0001")],
 )
 def test_a_genuine_report_leads_to_the_names_of_its_manifests(name: str, driver: str, vbios: str) -> None:
-    ids = rim_ids(parse_report(vectors.gpu_report(name)))
+    device = x509.load_pem_x509_certificates(vectors.gpu_chain_pem(name))[0]
+    ids = rim_ids(parse_report(vectors.gpu_report(name)), device)
     assert ids == (f"NV_GPU_DRIVER_GH100_{driver}", f"NV_GPU_VBIOS_1010_0200_882_{vbios}")
+
+
+@pytest.mark.parametrize("wrong", [b"", b"550/..", b"a b", b"a?b", b"x" * 200])
+@pytest.mark.parametrize("kind", [OpaqueType.DRIVER_VERSION, OpaqueType.PROJECT_SKU])
+def test_a_report_that_leads_to_no_name_is_refused(kind: OpaqueType, wrong: bytes) -> None:
+    report = parse_report(vectors.gpu_report("h100-550"))
+    others = tuple(item for item in report.opaque if item.kind != kind)
+    device = x509.load_pem_x509_certificates(vectors.gpu_chain_pem("h100-550"))[0]
+    bent = replace(report, opaque=(*others, Opaque(kind=kind, value=wrong)))
+    assert refusal(lambda: rim_ids(bent, device)) == "usage.rim_id"
 
 
 def test_a_genuine_manifest_comes_back_byte_for_byte() -> None:

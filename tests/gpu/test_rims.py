@@ -14,12 +14,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.x509.oid import NameOID
 from lxml import etree
 
 import vectors
 from countermark import x509chain
 from countermark.errors import CountermarkError, FormatError, GpuError
-from countermark.formats.spdm import parse_report
+from countermark.formats.spdm import Opaque, OpaqueType, parse_report
 from countermark.gpu.rim import Rim, RimKind, compare, compare_all, parse_rim, rim_name, speaks_of, verify_rim
 from countermark.gpu.rim import verify_rim_signature as verify_signature
 from countermark.policy import NVIDIA_RIM_ROOT
@@ -88,6 +89,31 @@ def test_genuine_signatures_by_hand(name: str) -> None:
     assert read == {item.index: item.values[0].hex() for item in genuine_rim(name).references}
 
 
+def leaf(name: str) -> x509.Certificate:
+    vendor = machine().gpu_vendor
+    times = {"not_before": NOW, "not_after": NOW + YEAR_S}
+    key = issue("x", vendor.provisioner, **times, curve=ec.SECP384R1(), ca=False).key
+    start = datetime.fromtimestamp(NOW, UTC)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateBuilder(subject_name=subject, issuer_name=subject, public_key=key.public_key())
+    builder = builder.serial_number(1).not_valid_before(start).not_valid_after(start)
+    return builder.sign(key, hashes.SHA384())
+
+
+def test_the_names_under_which_nvidia_publishes() -> None:
+    """A GB100's driver of Hopper's name is published, too, and another manifest (seen with driver 595)."""
+    report = parse_report(vectors.gpu_report("h100-535"))
+    hopper, blackwell = leaf("GH100 A01 GSP FMC LF"), leaf("GB100 A01 GSP FMC LF")
+    assert rim_name(report, RimKind.DRIVER, hopper) == "NV_GPU_DRIVER_GH100_535.86.09"
+    assert rim_name(report, RimKind.DRIVER, blackwell) == "NV_GPU_CC_DRIVER_GB100_535.86.09"
+    stated = replace(report, opaque=(*report.opaque, Opaque(kind=OpaqueType.CHIP_INFO, value=b"GB102\0")))
+    assert rim_name(stated, RimKind.DRIVER, blackwell) == "NV_GPU_CC_DRIVER_GB102_535.86.09"
+    others = tuple(item for item in report.opaque if item.kind != OpaqueType.PROJECT)
+    lower = replace(report, opaque=(*others, Opaque(kind=OpaqueType.PROJECT, value=b"g525\0")))
+    assert rim_name(report, RimKind.VBIOS, hopper) == "NV_GPU_VBIOS_1010_0200_882_96005E0001"
+    assert rim_name(lower, RimKind.VBIOS, blackwell) == "NV_GPU_VBIOS_G525_0200_882_96005E0001"
+
+
 def test_the_535_report_matches_its_vbios_rim_and_the_others_do_not() -> None:
     """The convention of indexes, proven: RIM index i is measurement block i + 1, 12 of 12."""
     report = parse_report(vectors.gpu_report("h100-535"))
@@ -97,9 +123,6 @@ def test_the_535_report_matches_its_vbios_rim_and_the_others_do_not() -> None:
     assert (len(found.matched), found.failed, found.skipped) == (12, (), ())
     assert str(found) == "VBIOS 96.00.5E.00.01: 12 of 12 measurements match"
     found.require_match()
-    assert rim_name(report, RimKind.VBIOS, blackwell=False) == "NV_GPU_VBIOS_1010_0200_882_96005E0001"
-    assert rim_name(report, RimKind.DRIVER, blackwell=False) == "NV_GPU_DRIVER_GH100_535.86.09"
-    assert rim_name(report, RimKind.DRIVER, blackwell=True) == "NV_GPU_CC_DRIVER_GB100_535.86.09"
     other = genuine_rim("1010_0205_862_96005E0002_PROD.swidtag")
     assert not speaks_of(other, report)
     assert len(compare(report, other).matched) == 11

@@ -278,8 +278,9 @@ def gpu_items(
 
     Raises `FormatError` for reports and chains that do not parse, `UsageError` `usage.rim_id`.
     """
-    ids = dict.fromkeys(rim_id for gpu in gpus for rim_id in nvidia.rim_ids(parse_report(gpu.report)))
     chains = [x509chain.parse_der_chain(gpu.certs, "gpu") for gpu in gpus]
+    pairs = zip(gpus, chains, strict=True)
+    ids = dict.fromkeys(name for gpu, chain in pairs for name in nvidia.rim_ids(parse_report(gpu.report), chain[0]))
     return (
         *(rim_item(rim_id, rims, responder, root=root) for rim_id in ids),
         *(item for chain in chains for item in ocsp_items(nvidia.revocable(chain, device=True), responder)),

@@ -1,11 +1,10 @@
 """NVIDIA's endorsements for a GPU: reference manifests (RIM) by name, and OCSP responses for certificates.
 
-RIM service: `GET /v1/rim/<id>` answers {"id", "rim": base64, ...}; ids are NV_GPU_DRIVER_<product>_<driver version> and
-NV_GPU_VBIOS_<project>_<project SKU>_<chip SKU>_<VBIOS version without dots>, the latter in upper case (NVIDIA
-attestation documentation, "RIM ID Naming Convention"; NVIDIA/nvtrust, local GPU verifier). The product is GH100 on
-Hopper. OCSP: RFC 6960 over HTTP POST (appendix A.1), certificate ids with SHA-384 as NVIDIA's verifier asks for, and
-without a nonce, so that an answer can be kept until its nextUpdate and handed on. The device's own certificate, which
-its boot ROM issues, is unknown to the responder: NVIDIA's verifier does not ask about it, and nor do we.
+RIM service: `GET /v1/rim/<id>` answers {"id", "rim": base64, ...}; `gpu.rim.rim_name` makes the ids (NVIDIA attestation
+documentation, "RIM ID Naming Convention"). OCSP: RFC 6960 over HTTP POST (appendix A.1), certificate ids with SHA-384
+as NVIDIA's verifier asks for, and without a nonce, so that an answer can be kept until its nextUpdate and handed on.
+The device's own certificate, which its boot ROM issues, is unknown to the responder: NVIDIA's verifier does not ask
+about it, and nor do we.
 
 Not checked here: signatures, but for `verify_stored_rim` (`gpu.rim`, `gpu.revocation`).
 """
@@ -29,48 +28,30 @@ from countermark.errors import FormatError, UsageError
 from countermark.fetch import Validity
 from countermark.fetch.https import Service, request
 from countermark.formats import strict_json
-from countermark.formats.spdm import OpaqueType, Report
+from countermark.formats.spdm import Report
 from countermark.gpu.revocation import MAX_OCSP_BYTES, parse_ocsp
-from countermark.gpu.rim import MAX_RIM_BYTES, parse_rim, verify_rim
+from countermark.gpu.rim import MAX_RIM_BYTES, RimKind, parse_rim, rim_name, verify_rim
 from countermark.policy import NVIDIA_RIM_ROOT
 
 RIM_URL: Final = "https://rim.attestation.nvidia.com"
 OCSP_URL: Final = "https://ocsp.ndis.nvidia.com"
 ROOT: Final = NVIDIA_RIM_ROOT  # SHA-256, above the signers of RIMs
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_PART: Final = re.compile(r"[A-Za-z0-9.-]{1,32}")
 
 
-def driver_rim_id(version: str, product: str = "GH100") -> str:
-    """The id of a driver's RIM. Raises `UsageError` `usage.rim_id`."""
-    return _rim_id("DRIVER", product, version)
-
-
-def vbios_rim_id(project: str, project_sku: str, chip_sku: str, version: str) -> str:
-    """The id of a VBIOS's RIM; the parts as the GPU's report has them, the version such as 96.00.5E.00.01.
-
-    Raises `UsageError` `usage.rim_id`.
-    """
-    return _rim_id("VBIOS", project, project_sku, chip_sku, version.replace(".", "").upper()).upper()
-
-
-def rim_ids(report: Report, product: str = "GH100") -> tuple[str, str]:
-    """The ids of the driver's and the VBIOS's RIM that a GPU's own report asks for.
+def rim_ids(report: Report, leaf: x509.Certificate) -> tuple[str, str]:
+    """The ids of the driver's and the VBIOS's RIM for the report of the GPU with this certificate.
 
     Raises `FormatError` (`spdm.text`, `spdm.vbios_version`) and `UsageError` `usage.rim_id`.
     """
-    kinds = (OpaqueType.PROJECT, OpaqueType.PROJECT_SKU, OpaqueType.CHIP_SKU)
-    project, project_sku, chip_sku = (report.text(kind) or "" for kind in kinds)
-    vbios = vbios_rim_id(project, project_sku, chip_sku, report.vbios_version or "")
-    return driver_rim_id(report.driver_version or "", product), vbios
+    driver, vbios = (_checked(rim_name(report, kind, leaf)) for kind in (RimKind.DRIVER, RimKind.VBIOS))
+    return driver, vbios
 
 
-def _rim_id(*parts: str) -> str:
-    for part in parts:
-        if not _PART.fullmatch(part):
-            message = f"RIM id: expected parts of letters, digits, '.' and '-', got {part!r:.60}"
-            raise UsageError(message, code="usage.rim_id")
-    return "_".join(("NV_GPU", *parts))
+def _checked(rim_id: str) -> str:
+    if not _ID.fullmatch(rim_id):
+        raise UsageError(f"RIM id: expected letters, digits, '.', '_' and '-', got {rim_id!r:.60}", code="usage.rim_id")
+    return rim_id
 
 
 def fetch_rim(rim_id: str, service: Service) -> bytes:
@@ -79,8 +60,7 @@ def fetch_rim(rim_id: str, service: Service) -> bytes:
     Raises `UsageError` `usage.rim_id`, `Unavailable` (see `https.request`), and `FormatError`
     `endorsements.fetch.malformed`, `endorsements.json` or `gpu.rim`.
     """
-    if not _ID.fullmatch(rim_id):
-        raise UsageError(f"RIM id: expected letters, digits, '.', '_' and '-', got {rim_id!r:.60}", code="usage.rim_id")
+    _checked(rim_id)
     size = 2 * MAX_RIM_BYTES  # base64, and members beside it
     answer = request(service, f"/v1/rim/{rim_id}", max_bytes=size)
     value = strict_json.load(answer.body, "endorsements", max_bytes=size)

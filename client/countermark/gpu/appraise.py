@@ -160,7 +160,7 @@ def match_rims(
     for report, chain, found in zip(reports, chains, comparisons, strict=True):
         for kind in RimKind:
             if kind not in {comparison.kind for comparison in found}:
-                name = rim_name(report, kind, blackwell="CN=GB" in x509chain.name(chain[0]))
+                name = rim_name(report, kind, chain[0])
                 message = f"GPU measurements: expected the signed {kind} RIM {name}, got none of its version"
                 raise Undecidable(message, code="gpu.rim_missing", step="8")
     return comparisons

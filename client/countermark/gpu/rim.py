@@ -346,13 +346,20 @@ def _version(report: Report, kind: RimKind) -> str | None:
     return report.driver_version if kind is RimKind.DRIVER else report.vbios_version
 
 
-def rim_name(report: Report, kind: RimKind, *, blackwell: bool) -> str:
-    """The name under which NVIDIA publishes the RIM for this report, for people and for fetching it."""
+def rim_name(report: Report, kind: RimKind, leaf: x509.Certificate) -> str:
+    """The name under which NVIDIA publishes the RIM for this report of the GPU with this certificate.
+
+    Blackwell's drivers are published by the chip that the report states, GB100 where it states none
+    (NVIDIA/attestation-sdk); the name of Hopper's form is there, too, and another manifest's.
+    """
     if kind is RimKind.DRIVER:
-        return f"NV_GPU_{'CC_DRIVER_GB100' if blackwell else 'DRIVER_GH100'}_{report.driver_version}"
+        version = report.driver_version or "?"
+        if x509chain.common_name(leaf).startswith("GB"):
+            return f"NV_GPU_CC_DRIVER_{report.text(OpaqueType.CHIP_INFO) or 'GB100'}_{version}"
+        return f"NV_GPU_DRIVER_GH100_{version}"
     board = (OpaqueType.PROJECT, OpaqueType.PROJECT_SKU, OpaqueType.CHIP_SKU)
     texts = [report.text(item) or "?" for item in board]
-    return "_".join(("NV_GPU_VBIOS", *texts, (report.vbios_version or "?").replace(".", "")))
+    return "_".join(("NV_GPU_VBIOS", *texts, (report.vbios_version or "?").replace(".", ""))).upper()
 
 
 def compare_all(report: Report, rims: Sequence[Rim]) -> tuple[Comparison, ...]:
