@@ -183,7 +183,14 @@ def answer(completed: Completed) -> Answer:
     return Answer(tokens=OUTPUT_TOKENS, text=TEXT, fingerprints=FINGERPRINTS, field_salts=completed.field_salts)
 
 
-def start(directory: Path, code: Path, *, measured_profile: str = CURRENT, **changes: object) -> Machine:
+def start(
+    directory: Path,
+    code: Path,
+    *,
+    measured_profile: str = CURRENT,
+    operator_dir: Path | None = None,
+    **changes: object,
+) -> Machine:
     """Boot a machine whose measured code is the folder `code`; `changes`: what its records say otherwise."""
     state = make(now=NOW, roots=[code])
     platform, keyring = boot(state, roots=[code]), Keyring()
@@ -199,6 +206,7 @@ def start(directory: Path, code: Path, *, measured_profile: str = CURRENT, **cha
         keyring=keyring,
         evidence_digest=bytes(32),
         stack=replace(stack(platform.image_id), **{"profile": measured_profile, **changes}),  # type: ignore[arg-type]
+        operator_dir=operator_dir,
     )
     digests = [hashlib.sha256(der).digest() for der in (state.root_der, state.gpu_root_der, state.rim_root_der)]
     policy = new_policy(

@@ -184,12 +184,13 @@ def running(
     front_limits: Limits | None = None,
     recorder: Callable[[Any], Any] = lambda recorder: recorder,
     attester: Callable[[Any], Any] = lambda attester: attester,
+    operator_dir: Path | None = None,
 ) -> Iterator[Appliance]:
     """Start everything; `recorder` and `attester` may wrap what the service is given."""
     code = directory / "code"
     code.mkdir()
     (code / "code.py").write_text("x = 1\n")
-    machine = one_answer.start(directory / "log", code)
+    machine = one_answer.start(directory / "log", code, operator_dir=operator_dir)
     connections, engine = Connections(), ScriptedEngine()
     service = Service(
         attester=attester(machine.attester),

@@ -106,7 +106,8 @@ def test_a_log_that_is_not_its_epochs_is_refused(operator: Operator, tmp_path: P
             shutil.copy(foreign / "epoch", folder / "epoch")
         case "entry":
             path = folder / "tile/entries/000.p/4"
-            path.write_bytes(path.read_bytes()[:-1] + b"\0")
+            data = path.read_bytes()  # within the last leaf's commitment
+            path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
         case "checkpoint":
             shutil.copy(foreign / "checkpoint", folder / "checkpoint")
         case "name":
