@@ -327,7 +327,9 @@ def appraise(
         steps.skip("9", f"the policy accepts any machine; this is PPID {platform.ppid.hex()}")
     else:
         with steps.step("9") as detail:
-            _verify_hardware(platform, gpus, policy)
+            verify_ppid(platform.ppid, policy)
+            for gpu in gpus:
+                verify_chip(gpu.chip, policy)
             detail.append(f"PPID {platform.ppid.hex()}")
 
     with steps.step("10") as detail:
@@ -371,14 +373,18 @@ def _verify_platform(evidence: Evidence, policy: Policy) -> None:
         raise QuoteError(message, code="quote.platform")
 
 
-def _verify_hardware(platform: Platform, gpus: tuple[Gpu, ...], policy: Policy) -> None:
-    if platform.ppid not in policy.ppids:
-        message = f"ppid: expected one of the {len(policy.ppids)} in the policy, got {platform.ppid.hex()}"
-        raise MeasurementError(message, code="hardware.ppid")
-    for gpu in gpus:
-        if gpu.chip not in policy.gpu_chips:
-            message = f"GPU chip: expected one of the {len(policy.gpu_chips)} in the policy, got {gpu.chip.hex()}"
-            raise MeasurementError(message, code="hardware.gpu")
+def verify_ppid(ppid: bytes, policy: Policy) -> None:
+    """Step 9, the CPU: the policy lists it. Raises `MeasurementError` `hardware.ppid`."""
+    if ppid not in policy.ppids:
+        known = f"one of the {len(policy.ppids)} of the policy's key ppids in [hardware]"
+        raise MeasurementError(f"ppid: expected {known}, got {ppid.hex()}", code="hardware.ppid")
+
+
+def verify_chip(chip: bytes, policy: Policy) -> None:
+    """Step 9, one GPU: the policy lists it. Raises `MeasurementError` `hardware.gpu`."""
+    if chip not in policy.gpu_chips:
+        known = f"one of the {len(policy.gpu_chips)} of the policy's key gpu_chips in [hardware]"
+        raise MeasurementError(f"GPU chip: expected {known}, got {chip.hex()}", code="hardware.gpu")
 
 
 def _verify_model(boot: BootEvents, policy: Policy, scope: Scope) -> None:

@@ -30,6 +30,7 @@ from countermark.genuine import (
     appraise_tdx_files,
     hex_or_binary,
 )
+from countermark.gpu.report import spki_digest
 from countermark.policy import KNOWN_MRSEAM, Policy, encode_policy
 from evidence.command import Evidence, statuses, write
 from sim_evidence import NOW, Scene, machine, policy_for, resign
@@ -227,6 +228,22 @@ def test_partly_covered_revocation_is_undecidable_where_the_policy_requires_it(m
     crl = made.endorsements.gpu_crls[:1]
     found = appraise_gpu_files(made.gpu[0].report, pem(made.gpu[0]), NONCE, policy(), now=NOW, files=GpuFiles(crls=crl))
     assert (found.verdict, found.code, found.exit_code) == (Outcome.UNDECIDABLE, "gpu.revocation_missing", 40)
+
+
+def test_a_policy_that_names_machines_is_asked_about_files_too(made: Made) -> None:
+    tdx = made.quote, made.endorsements.tdx
+    ppid = bytes.fromhex(appraise_tdx_files(*tdx, policy(), now=NOW).claims["ppid"])
+    chips = tuple(spki_digest(x509chain.parse_der_chain(gpu.certs, "gpu")[1]) for gpu in made.gpu)
+    ours = policy(any_hardware=False, ppids=(ppid,), gpu_chips=chips)
+    assert appraise_tdx_files(*tdx, ours, now=NOW).verdict is Outcome.ACCEPT
+    assert appraise_gpu_bundle(bundle(made.gpu), NONCE, ours, now=NOW).verdict is Outcome.ACCEPT
+    for others in (policy(any_hardware=False), policy(any_hardware=False, ppids=(bytes(16),), gpu_chips=chips[:1])):
+        found = appraise_tdx_files(*tdx, others, now=NOW)
+        assert (found.verdict, found.code, found.exit_code) == (Outcome.REJECT, "hardware.ppid", 12)
+        found = appraise_gpu_bundle(bundle(made.gpu), NONCE, others, now=NOW)
+        assert (found.verdict, found.code) == (Outcome.REJECT, "hardware.gpu")
+    unrated = appraise_tdx_files(bytes(10), made.endorsements.tdx, ours, now=NOW)
+    assert statuses(unrated.as_json())["hardware allow-list"] == "SKIP"
 
 
 def test_an_expired_policy_judges_nothing(made: Made) -> None:

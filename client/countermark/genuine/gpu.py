@@ -2,7 +2,8 @@
 
 The steps of `gpu.appraise`, each by itself: chain, signature, nonce, firmware identifier, stated versions and mode of
 every GPU; that they are different ones; every RIM's signer and signature; measurements against the RIMs of the report's
-versions; revocation input. What needs RTMR3 or claims (device keys as measured, developer tools) does not apply.
+versions; revocation input; and step 9 where the policy names machines. What needs RTMR3 or claims (device keys as
+measured, developer tools) does not apply, and neither does the policy's count: the files may be of some of the GPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Final, TypeVar
 from cryptography import x509
 
 from countermark import x509chain
-from countermark.appraise import TimeBasis
+from countermark.appraise import STEPS, TimeBasis, verify_chip
 from countermark.errors import FormatError, GpuError
 from countermark.formats import spdm
 from countermark.formats.boot_events import GpuMode
@@ -55,6 +56,7 @@ _VERSIONS: Final = "driver and VBIOS versions"
 _MODE: Final = "mode"
 _NO_REPORT: Final = "the report does not parse"
 _NO_CHAIN: Final = "the certificates do not parse"
+_NO_CHIP: Final = "no certificate of the chip"
 _T = TypeVar("_T")
 
 
@@ -181,8 +183,19 @@ def _appraise(
     verified = [_verify_rim(checks, name, document, policy, now) for name, document in documents]
     _compare(checks, gpus, [rim for rim in verified if rim is not None], given=bool(files.rims))
     known = _verify_revocation(checks, gpus, [document for _, document in documents], revocation, policy, now)
+    for gpu in gpus if not policy.any_hardware else ():
+        _verify_chip(checks, gpu, policy)
     claims = {"gpu": [_claims(gpu, bool(files.rims)) for gpu in gpus], "revocation": known}
     return checks.done(claims, simulated=policy.simulated, now=now, basis=basis)
+
+
+def _verify_chip(checks: Checks, gpu: _Gpu, policy: Policy) -> None:
+    name = gpu.label + STEPS["9"]
+    if len(gpu.chain) < 2:
+        checks.skip("9", name, _NO_CHIP)
+        return
+    chip = spki_digest(gpu.chain[1])
+    checks.hold("9", name, f"chip {chip.hex()}", lambda: verify_chip(chip, policy))
 
 
 def _numbered(what: str, items: Sequence[_T]) -> list[tuple[str, _T]]:

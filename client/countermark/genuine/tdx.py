@@ -1,4 +1,4 @@
-"""A TD's raw quote with Intel's endorsements (steps 1 to 4), and event logs against a quote's registers (step 6)."""
+"""A TD's raw quote with Intel's endorsements (steps 1 to 4, and 9), and event logs against a quote's registers (6)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, Final
 
-from countermark.appraise import STEPS, TimeBasis
+from countermark.appraise import STEPS, TimeBasis, verify_ppid
 from countermark.errors import FormatError, MeasurementError, QuoteError, VerificationError
 from countermark.formats.quote import Quote, TdReport, parse_quote, quote_digest
 from countermark.genuine.result import Checks, FileAppraisal, hex_or_binary, verify_policy_time
@@ -38,7 +38,8 @@ def appraise_tdx_files(
 ) -> FileAppraisal:
     """Steps 1 to 4 for a quote (binary or hex text) and Intel's endorsements (QuoteCollateralV3 JSON) at time `now`.
 
-    Raises `PolicyError` `policy.expired`; everything found in the files is in the result.
+    And step 9 where the policy names machines. Raises `PolicyError` `policy.expired`; everything found in the files is
+    in the result.
     """
     verify_policy_time(policy, now)
     checks = Checks(QuoteError)
@@ -65,6 +66,11 @@ def appraise_tdx_files(
         checks.skip("4", _TD, _NO_QUOTE)
     elif checks.run("4", _TD, lambda: (True, verify_td(parsed.body, policy))) is None and not endorsed:
         rated = None  # dcap-qvl does not rate such a TD, so nobody has looked at the endorsements' signatures
+    if not policy.any_hardware:
+        if platform is None:
+            checks.skip("9", STEPS["9"], "step 3 did not pass")
+        else:
+            checks.hold("9", STEPS["9"], f"PPID {platform.ppid.hex()}", lambda: verify_ppid(platform.ppid, policy))
     claims = {} if parsed is None else _tdx_claims(data, parsed, platform is not None, rated)
     return checks.done(claims, simulated=policy.simulated, now=now, basis=basis)
 
