@@ -22,7 +22,7 @@ from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.platform.sim import boot
-from countermark_appliance.platform.sim.state import make
+from countermark_appliance.platform.sim.state import State, make
 from countermark_appliance.records.recorder import Committed, Completed, Recorder
 
 NOW = 1_800_000_000
@@ -108,6 +108,7 @@ class Machine:
     attester: Attester
     policy: Policy
     manifest: bytes
+    state: State  # its vendors and keys
 
     def evidence(self, nonce: bytes = ATTEST_NONCE) -> bytes:
         size, root = self.recorder.head()
@@ -217,7 +218,7 @@ def start(
         simulated_rim_root=digests[2],
     )
     policy = pin(policy, state.manifest, now=NOW, signers=state.signer_digests, weights_roots=[WEIGHTS_ROOT])
-    return Machine(recorder, keyring, attester, policy, state.manifest)
+    return Machine(recorder, keyring, attester, policy, state.manifest, state)
 
 
 def make_world(tmp_path: Path) -> World:
