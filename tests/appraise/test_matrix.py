@@ -144,6 +144,10 @@ MATRIX: dict[str, tuple[str | tuple[str, str, str], ...]] = {
     "one of the two receipt signatures stripped, a third added, order changed": (
         ("receipt/test_cose.py", "test_other_forms_are_refused", "receipt.signers"),
     ),
+    "two logs from one boot snapshot when a witness is required": (
+        ("net/test_witnessed.py", "test_two_starts_from_one_copy_of_the_disk", "log.unwitnessed"),
+        ("records/test_operator_log.py", "test_two_starts_from_one_copy_of_the_disk_cannot_both_enter", "log.fork"),
+    ),
     "signature context confusion": (
         ("receipt/test_receipt_tampering.py", "test_a_signature_over_another_context", "receipt.ml_dsa_65"),
     ),
@@ -155,9 +159,6 @@ OTHER_ISSUES = {
     ),
     "extension absent": (
         "no verdict is made of a certificate's extension, absent or present: a session needs Attest on its connection"
-    ),
-    "two logs from one boot snapshot when a witness is required": (
-        "a receipt's and a session's affair, of which an appraisal knows nothing"
     ),
 }
 
