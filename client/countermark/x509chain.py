@@ -127,11 +127,14 @@ def is_ca(certificate: x509.Certificate) -> bool:
         return False
 
 
-def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) -> None:
+def verify_chain(
+    chain: Sequence[x509.Certificate], *, root: bytes, now: int, read: Sequence[x509.ObjectIdentifier] = ()
+) -> None:
     """Verify `chain` (leaf first, root last) up to the root whose SHA-256 is `root`, at time `now`.
 
-    Raises `ChainError`: `root` (another root), `short`, `ca` (an issuer that may not issue, or a leaf that may),
-    `signature`, `extension` (a critical one that is not read), `not_yet_valid`, `expired`.
+    `read`: critical extensions that the caller judges. Raises `ChainError`: `root` (another root), `short`, `ca` (an
+    issuer that may not issue, or a leaf that may), `signature`, `extension` (a critical one that is not read),
+    `not_yet_valid`, `expired`.
     """
     if digest(chain[-1]) != root:
         message = f"root: expected SHA-256 {root.hex()}, got {digest(chain[-1]).hex()} ({name(chain[-1])})"
@@ -144,13 +147,13 @@ def verify_chain(chain: Sequence[x509.Certificate], *, root: bytes, now: int) ->
     for below, (certificate, issuer) in enumerate(pairwise(chain)):
         _verify_issuer(issuer, below)
         verify_issued(certificate, issuer)
-        _verify_critical(certificate)
+        _verify_critical(certificate, read)
         verify_time(certificate, now)
 
 
-def _verify_critical(certificate: x509.Certificate) -> None:
+def _verify_critical(certificate: x509.Certificate, read: Sequence[x509.ObjectIdentifier]) -> None:
     for extension in certificate.extensions:
-        if extension.critical and extension.oid not in _READ:
+        if extension.critical and extension.oid not in (*_READ, *read):
             text = f"{name(certificate)}: expected no critical extension {extension.oid.dotted_string}"
             raise ChainError("extension", text)
 

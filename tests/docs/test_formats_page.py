@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from countermark import appraise, errors
+from countermark.anchors.bitcoin import LEAST_WORK_BITS
 from countermark.bundle import ENTRIES, MAX_BUNDLE_BYTES, Bundle, encode_bundle
-from countermark.formats import boot_events, evidence, manifest, quote, receipt, records, report_data
+from countermark.formats import anchors, boot_events, evidence, manifest, ots, quote, receipt, records, report_data
 from countermark.formats.evidence import Evidence
 from countermark.policy import Profile, encode_policy, new_policy
 from countermark.policy import toml as policy_file
@@ -52,6 +53,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         for name in ("purpose", "nonce", "exporter", "tls_spki", "image_id", "weights_root", "config", "keys")
     ),
     "replay.{at.part.value}": tuple(f"replay.{part.value}" for part in Part),
+    "anchor.{reason}": tuple(f"anchor.{reason}" for reason in CHAIN[:7]),
     "endorsements.{code}": tuple(f"endorsements.{reason}" for reason in CHAIN),
     "tcb.{name}": ("tcb.fmspc", "tcb.pce_id"),
     "tcb.{code}": ("tcb.unknown_status", "tcb.qe_identity", "tcb.module", "tcb.no_level"),
@@ -94,14 +96,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         f"{what}.field"
         for what in (
             *("evidence", "claims", "leaf", "salts", "accepted", "answer", "receipt"),
-            *("operator_leaf", "witnessed", "receipt_witness", "epoch"),
+            *("operator_leaf", "witnessed", "receipt_witness", "epoch", "anchors"),
         )
     ),
     "log.fetch.{reason}": tuple(f"log.fetch.{reason}" for reason in ("connection", "timeout", "status", "too_long")),
     "{what}.too_long": ("manifest.too_long", "eventlog.too_long", "endorsements.too_long", "nvidia_evidence.too_long"),
     "{what}.json": ("manifest.json", "eventlog.json", "endorsements.json", "nvidia_evidence.json"),
     "{what}.pem": ("quote.pem", "endorsements.pem", "nvidia_evidence.pem"),
-    "{what}.chain": ("quote.chain", "endorsements.chain", "gpu.chain"),
+    "{what}.chain": ("quote.chain", "endorsements.chain", "gpu.chain", "anchor.chain"),
     "{what}.crl": ("endorsements.crl", "gpu.crl"),
     "{self.what}.truncated": ("quote.truncated", "eventlog.truncated", "spdm.truncated"),
     "{self.what}.trailing": ("quote.trailing", "eventlog.trailing", "spdm.trailing"),
@@ -309,6 +311,18 @@ def test_exit_codes() -> None:
 )
 def test_record_fields(heading: str, cls: type) -> None:
     assert first_cells(section(heading)) == {field.name for field in fields(cls)}
+
+
+def test_anchors() -> None:
+    text = section("Anchors")
+    assert {field.name for field in fields(anchors.Anchor)} <= first_cells(text)
+    assert all(f"`{kind}`" in text for kind in anchors.AnchorKind)
+    assert f"1 to {anchors.MAX_ANCHORS} maps" in text
+    assert f"at most {anchors.MAX_TOKEN_BYTES // 1024} KiB" in text
+    assert ENTRIES["anchors.cbor"] >= anchors.MAX_ANCHORS_BYTES
+    said = (f"at most {ots.MAX_ITEMS} of them, {ots.MAX_DEPTH} behind", f"at most {ots.MAX_MESSAGE_BYTES} bytes")
+    assert all(part in " ".join(text.split()) for part in said)
+    assert f"`{LEAST_WORK_BITS:08x}`" in text
 
 
 def test_record_tables_name_what_may_be_null_and_the_choices() -> None:
