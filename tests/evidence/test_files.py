@@ -169,6 +169,8 @@ def test_several_gpus_must_be_several_and_answer_one_nonce(made: Made) -> None:
     assert judged(bundle(made.gpu, nonce=bytes(32).hex()), None) == ("gpu.nonce", ["gpu.nonce", "gpu.nonce"])
     found = appraise_gpu_bundle(bundle(made.gpu), None, policy(), now=NOW)
     assert "freshness is not shown" in next(check.detail for check in found.checks if check.name == "GPU 0: nonce")
+    assert "freshness is not shown" in found.claims["nonce"]
+    assert appraise_gpu_bundle(bundle(made.gpu), NONCE, policy(), now=NOW).claims["nonce"] == "as given"
     assert [check.name for check in found.checks].count("GPU 1: report signature") == 1
 
 

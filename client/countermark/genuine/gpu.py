@@ -185,7 +185,11 @@ def _appraise(
     known = _verify_revocation(checks, gpus, [document for _, document in documents], revocation, policy, now)
     for gpu in gpus if not policy.any_hardware else ():
         _verify_chip(checks, gpu, policy)
-    claims = {"gpu": [_claims(gpu, bool(files.rims)) for gpu in gpus], "revocation": known}
+    claims = {
+        "gpu": [_claims(gpu, bool(files.rims)) for gpu in gpus],
+        "nonce": source or "as given",
+        "revocation": known,
+    }
     return checks.done(claims, simulated=policy.simulated, now=now, basis=basis)
 
 
