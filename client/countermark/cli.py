@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from countermark import arguments, bundle_cli, endorsements_cli, evidence_cli, explain, gate_cli, log_cli, terminal
 from countermark import policy as policies
-from countermark.appraise import TimeBasis, Verdict
+from countermark.appraise import TimeBasis
 from countermark.bundle import read_bundle
 from countermark.checks import rfc3339
 from countermark.demo import DemoResult, run_demo
@@ -33,7 +33,7 @@ from countermark.errors import (
 from countermark.files import read_file, write_file
 from countermark.policy import Policy, Profile, load_policy
 from countermark.replay import Equivalence, Mode, ReplayResult, load_runner, replay, replay_many
-from countermark.session import connect
+from countermark.session import Session, connect
 from countermark.verify import Verification, verify_bundle
 
 EXIT_CODES = """exit codes:
@@ -202,11 +202,11 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _attest(args: argparse.Namespace) -> None:
     with connect(args.address, load_policy(args.policy), endorsements=endorsements_cli.chosen(args)) as session:
-        _show_verdict(session.verdict)
+        _show_verdict(session)
         if args.json:
-            _print_json(session.verdict.as_json())
+            _print_json(session.verdict.as_json() | {"witnesses": str(session.witnessed)})
         else:
-            print(session.verdict)
+            print(f"{session.verdict}, {session.witnessed}")
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -224,7 +224,7 @@ def _chat(args: argparse.Namespace) -> None:
         raise RequestError("prompt: expected text on stdin", code="request.input") from err
     turns = [("system", args.system)] if args.system else []
     with connect(args.address, policy, endorsements=endorsements_cli.chosen(args)) as session:
-        _show_verdict(session.verdict)
+        _show_verdict(session)
         stream = session.generate(
             messages=[*turns, ("user", prompt)],
             max_tokens=args.max_tokens,
@@ -396,10 +396,10 @@ def _refusal(err: CountermarkError) -> dict[str, Any]:
     }
 
 
-def _show_verdict(verdict: Verdict) -> None:
-    if verdict.simulated:
+def _show_verdict(session: Session) -> None:
+    if session.verdict.simulated:
         terminal.show_simulated()
-    terminal.show_checks(verdict.checks)
+    terminal.show_checks(session.witnessed.checks)
 
 
 def _print_json(value: object) -> None:

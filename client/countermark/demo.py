@@ -123,7 +123,7 @@ def run_demo(
         bundle = directory / "answer.cmk"
         with connect(address, policy) as session:
             terminal.show_simulated()
-            terminal.show_checks(session.verdict.checks)
+            terminal.show_checks(session.witnessed.checks)
             say(f"ask: {prompt}")
             with terminal.progress("answering"):
                 asked = session.generate(messages=[("user", prompt)], max_tokens=96, temperature=0.2, top_p=0.9)

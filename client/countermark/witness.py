@@ -37,9 +37,6 @@ from countermark.tlog.cosignature import log_keys, verify_cosignatures
 from countermark.tlog.merkle import leaf_hash, verify_consistency, verify_inclusion
 
 UNWITNESSED: Final = "unwitnessed"
-STEP: Final = "20"
-_EPOCH: Final = "log witnesses"
-_RECEIPT: Final = "log witnesses of the receipt"
 _SEAL: Final = object()
 
 
@@ -88,10 +85,10 @@ def verify_witnessed(
     steps = Steps(verdict.checks if checks is None else checks)
     data = data or None
     if policy.operator_log is None or (data is None and not policy.witnesses_required):
-        missing = "the policy names no operator log" if policy.operator_log is None else "the node shows no EPOCH in it"
-        steps.skip(STEP, _EPOCH, f"{UNWITNESSED}: {missing}; nobody else is known to have seen this log")
+        why = "the policy names no operator log" if policy.operator_log is None else "no EPOCH in it was shown"
+        steps.skip("20", "log witnesses", f"{UNWITNESSED}: {why}; nobody else is known to have seen this log")
         return _made(verdict, data, steps)
-    with steps.step(STEP, _EPOCH) as detail:
+    with steps.step("20", "log witnesses") as detail:
         if data is None:
             raise _unwitnessed("the operator log", policy, ())
         head, index, previous, note = _verify_epoch(data, verdict, policy)
@@ -112,7 +109,7 @@ def verify_receipt_witness(
     required = bool(policy.witnesses_required) and policy.witnessed is WitnessRule.EPOCH_AND_RECEIPT
     if not policy.witnesses or (data is None and not required):
         return steps.done
-    with steps.step(STEP, _RECEIPT) as detail:
+    with steps.step("20", "log witnesses of the receipt") as detail:
         if data is None:
             raise _unwitnessed("the receipt's checkpoint", policy, ())
         witness = parse_receipt_witness(data)
