@@ -69,6 +69,8 @@ def everything() -> Policy:
         witnesses=WITNESS.as_witness,
         witnesses_required=1,
         witnessed=WitnessRule.EPOCH_AND_RECEIPT,
+        tsa_roots=(D32,),
+        tsa_policies=("1.2.3.4.1",),
     )
 
 
@@ -115,7 +117,7 @@ def tables(text: str) -> list[str]:
 def test_an_unknown_key_is_refused_by_its_dotted_name_in_every_table() -> None:
     text = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
     names = tables(text)
-    assert len(names) == 9
+    assert len(names) == 10
     for name in names:
         code, message = code_of(text.replace(f"[{name}]", f"[{name}]\nskip_checks = true\n", 1))
         assert code == "policy.unknown_key"
@@ -170,6 +172,14 @@ def test_without_a_log_table_nobody_is_asked() -> None:
         'operator = ["a+b+c"]',
     ):
         assert code_of(f"{without}[log]\n{wrong}\n")[0] == "policy.value"
+
+
+@pytest.mark.parametrize("name", ["", "1", "3.1", "1.02", "1.2.", "1.2 ", "policy", "1." + "9" * 40])
+def test_policies_of_time_stamping_authorities(name: str) -> None:
+    with pytest.raises(PolicyError) as err:
+        replace(everything(), tsa_policies=("1.2.840.113549.1.9.16.1.4", name))
+    assert err.value.code == "policy.value"
+    assert "anchors.tsa_policies" in str(err.value)
 
 
 @pytest.mark.parametrize(

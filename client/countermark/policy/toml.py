@@ -192,6 +192,7 @@ def parse_policy(data: bytes) -> Policy:
     trust, manifest, endorsements = top.table("trust"), top.table("manifest"), top.table("endorsements")
     tdx, hardware, gpu = top.table("tdx"), top.table("hardware"), top.table("gpu")
     model, config, log, images = top.table("model"), top.table("config"), top.table("log"), top.tables("image")
+    anchors = top.table("anchors")
     values: dict[str, Any] = {
         "profile": _enum(top, "profile", Profile),
         "created": top.time("created"),
@@ -227,8 +228,10 @@ def parse_policy(data: bytes) -> Policy:
         "witnesses": _vkeys(log, "witnesses"),
         "witnesses_required": log.get("witnesses_required", int, 0),
         "witnessed": _enum(log, "witnessed", WitnessRule, WitnessRule.EPOCH.value),
+        "tsa_roots": anchors.digests("tsa_roots", 32),
+        "tsa_policies": anchors.texts("tsa_policies"),
     }
-    for table in (trust, manifest, endorsements, tdx, hardware, gpu, model, config, log, *images):
+    for table in (trust, manifest, endorsements, tdx, hardware, gpu, model, config, log, anchors, *images):
         table.end()
     return Policy(**values)
 
@@ -324,6 +327,10 @@ def encode_policy(policy: Policy) -> str:
         f"witnesses_required = {policy.witnesses_required}  # so many must have cosigned; 0: results say unwitnessed",
         f'witnessed = "{policy.witnessed.value}"  # of what: epoch, or epoch-and-receipt, which a bundle must then'
         " show",
+        "",
+        "[anchors]  # who may say by when an answer was logged; all of it may be absent",
+        f"tsa_roots = {_list(policy.tsa_roots)}  # SHA-256 of time-stamping authorities' root certificates",
+        f"tsa_policies = {_list(policy.tsa_policies)}  # their policies that will do; any, if none is named",
     ]
     for image in policy.images:
         lines += ["", *_image_lines(image)]

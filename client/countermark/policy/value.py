@@ -41,6 +41,7 @@ ACCEPTABLE_STATUSES: Final = (
 )
 MAX_VALIDITY_DAYS: Final = 3660
 _ADVISORY: Final = re.compile(r"[A-Z0-9-]{1,32}")
+_OID: Final = re.compile(r"[0-2](\.(0|[1-9][0-9]{0,38})){1,30}")
 
 
 class Profile(Enum):
@@ -102,6 +103,8 @@ class Policy:
     COSE_Keys. `ppids`, `gpu_chips`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
     `operator_log`: its two verifier keys, or none. `witnesses`: verifier keys; those of one name are one witness, which
     counts when all of them have signed, and `witnesses_required` of them must.
+    `tsa_roots`: SHA-256 of the certificates under which time stamps give a bundle its time; without one they are passed
+    over. `tsa_policies`: the authorities' policies that will do, dotted; any, if none is named.
     Constructing one that contradicts itself raises `PolicyError`.
     """
 
@@ -136,6 +139,8 @@ class Policy:
     witnesses: tuple[VerifierKey, ...] = ()
     witnesses_required: int = 0
     witnessed: WitnessRule = WitnessRule.EPOCH
+    tsa_roots: tuple[bytes, ...] = ()
+    tsa_policies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises `PolicyError` `policy.root`, `.validity`, `.value`, `.image` or `.contradiction`."""
@@ -194,6 +199,10 @@ def _check(policy: Policy) -> None:
     if policy.any_config and policy.configs:
         raise _refuse("config: expected either any = true or digests, got both", "contradiction")
     _check_log(policy)
+    for name in policy.tsa_policies:
+        if not _OID.fullmatch(name):
+            wanted = "expected an object identifier such as 1.2.3.4.1"
+            raise _refuse(f"anchors.tsa_policies: {wanted}, got {name!r:.80}", "value")
     for image in policy.images:
         if image.kind not in _KINDS[policy.profile]:
             kinds = " or ".join(kind.value for kind in _KINDS[policy.profile])
