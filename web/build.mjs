@@ -12,6 +12,7 @@ const lock = JSON.parse(await readFile(join(here, "package-lock.json"), "utf8"))
 
 const { outputFiles, metafile } = await build({
   absWorkingDir: here,
+  preserveSymlinks: true, // a package is named by where it stands in here, wherever that is kept
   entryPoints: ["src/page/main.ts"],
   bundle: true,
   write: false,

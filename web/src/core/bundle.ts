@@ -6,33 +6,47 @@
 
 import { type Bytes, concat, equal, le, sha256, uintLe, utf8 } from "./bytes.js";
 import * as cbor from "./cbor.js";
-import { type Refusal, refused } from "./errors.js";
+import { Refusal, refused } from "./errors.js";
 import { MAX_EVIDENCE_BYTES } from "./evidence.js";
 import { MAX_MANIFEST_BYTES } from "./manifest.js";
+import { OUTCOME_FIELDS, parseSalts } from "./records.js";
 import { type Acceptance, type Answer, MAX_RECEIPT_BYTES, parseAcceptance, parseAnswer } from "./receipt.js";
 
 const MIB = 1024 * 1024;
 const MAX_BUNDLE_BYTES = 64 * MIB;
 const MANIFEST = "manifest.cbor";
-const MEASUREMENTS = "measurements.json";
 const ENTRIES: readonly (readonly [name: string, most: number, optional: boolean])[] = [
-  ["request.bin", 16 * MIB, false],
+  ["request.bin", 16 * MIB, true],
   ["accepted.cbor", 8 * MIB, false],
   ["answer.cbor", 32 * MIB, false],
   ["receipt.cose", MAX_RECEIPT_BYTES, false],
   ["evidence.cbor", MAX_EVIDENCE_BYTES, false],
-  [MEASUREMENTS, MAX_MANIFEST_BYTES, true],
+  ["measurements.json", MAX_MANIFEST_BYTES, true],
+  ["epoch.cbor", MIB, true],
+  ["witness.cbor", MIB, true],
+  ["anchors.cbor", 2 * MIB, true],
 ];
+const REPLY_FIELDS = OUTCOME_FIELDS.filter((name) => name !== "fingerprints");
 const LOCAL_BYTES = 30;
 
+/** `request` and `answer` are null when they were left out. Each of the last four if it came along. */
 export interface Bundle {
-  readonly request: Bytes;
+  readonly request: Bytes | null;
   readonly acceptance: Acceptance;
-  readonly answer: Answer;
+  readonly answer: Answer | null;
   readonly receipt: Bytes;
   readonly evidence: Bytes;
   readonly manifest: Bytes | null;
+  readonly epoch: Bytes | null;
+  readonly witness: Bytes | null;
+  readonly anchors: Bytes | null;
 }
+
+/** What was left out of a bundle, with its salts. */
+export const redactedParts = (bundle: Bundle): string[] => [
+  ...(bundle.request === null ? ["prompt"] : []),
+  ...(bundle.answer === null ? ["output"] : []),
+];
 
 type Entries = Map<string, Bytes>;
 const bad = (code: string, message: string): Refusal => refused(`bundle.${code}`, message);
@@ -61,14 +75,39 @@ export function parseBundle(data: Bytes): Bundle {
   if (!equal(manifest, manifestOf(entries))) {
     throw bad("digest", "bundle: the entries are not the ones its manifest lists");
   }
-  return {
-    request: entries.get("request.bin")!,
+  const bundle = {
+    request: entries.get("request.bin") ?? null,
     acceptance: parseAcceptance(entries.get("accepted.cbor")!),
     answer: parseAnswer(entries.get("answer.cbor")!),
     receipt: entries.get("receipt.cose")!,
     evidence: entries.get("evidence.cbor")!,
-    manifest: entries.get(MEASUREMENTS) ?? null,
+    manifest: entries.get("measurements.json") ?? null,
+    epoch: entries.get("epoch.cbor") ?? null,
+    witness: entries.get("witness.cbor") ?? null,
+    anchors: entries.get("anchors.cbor") ?? null,
   };
+  refuseHalfRedacted(bundle);
+  return bundle;
+}
+
+/** A value or a salt that is left of what was left out would make guesses at it checkable. */
+function refuseHalfRedacted({ request, acceptance, answer }: Bundle): void {
+  const whole = request !== null;
+  const held = [["accepted.cbor", acceptance.opened !== null]] as [string, boolean][];
+  if (answer) held.push(["answer.cbor", answer.fingerprints !== null]);
+  for (const [name, there] of held) {
+    if (there !== whole) {
+      const wanted = whole ? "whole, as request.bin is" : "without its prompt, as request.bin is left out";
+      throw bad("redaction", `${name}: expected ${wanted}`);
+    }
+  }
+  if (whole || !answer) return;
+  try {
+    parseSalts(answer.fieldSalts, REPLY_FIELDS);
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    throw bad("redaction", `answer.cbor: expected the salts of ${REPLY_FIELDS.join(", ")} alone`);
+  }
 }
 
 function manifestOf(entries: Entries): Bytes {

@@ -2,7 +2,7 @@
  * C2SP signed-note and tlog-checkpoint: the signed head of a log, under Ed25519 (0x01) and ML-DSA-44 (0x06).
  *
  * Our logs sign with the origin as the key name and have no extension lines. Lines of unknown keys are ignored, as the
- * specification demands; cosignatures of witnesses are not checked here.
+ * specification demands; cosignatures of witnesses are `witness`'s.
  */
 
 import { type Bytes, base64, bigBe, concat, equal, fromBase64, fromUtf8, sha256, u64be, utf8 } from "./bytes.js";
@@ -11,8 +11,8 @@ import { type CoseKey, verifySignature } from "./keys.js";
 import { HASH_BYTES, MAX_SIZE } from "./merkle.js";
 
 export const MAX_NOTE_BYTES = 128 * 1024;
-const ED25519 = 0x01;
-const ML_DSA_44 = 0x06;
+export const ED25519 = 0x01;
+export const ML_DSA_44 = 0x06;
 const ED25519_BYTES = 64;
 const ML_DSA_44_BYTES = 2420;
 const MAX_SIGNATURES = 32;
@@ -28,7 +28,7 @@ export interface Checkpoint {
   readonly root: Bytes;
 }
 
-interface Line {
+export interface Line {
   readonly name: string;
   readonly keyId: Bytes;
   readonly blob: Bytes;
@@ -49,23 +49,35 @@ export function verifyCheckpoint(data: Bytes, origin: string, ed25519: CoseKey, 
     throw refused("log.signature", "checkpoint: the Ed25519 signature does not verify");
   }
   const timestamp = bigBe(later.subarray(0, 8));
-  const name = utf8(origin);
-  const message = concat(
-    LABEL,
-    Uint8Array.of(name.length), name,
-    u64be(timestamp),
-    Uint8Array.of(name.length), name,
-    u64be(0n), u64be(checkpoint.size),
-    checkpoint.root,
-  );
+  const message = cosignedMessage(origin, timestamp, checkpoint);
   if (timestamp >= 1n << 63n || !verifySignature(mlDsa44, later.subarray(8), message)) {
     throw refused("log.signature", "checkpoint: the ML-DSA-44 signature does not verify");
   }
   return checkpoint;
 }
 
+/** What type 0x06 signs: the `cosigned_message` of tlog-cosignature for a whole checkpoint. */
+export function cosignedMessage(name: string, timestamp: bigint, checkpoint: Checkpoint): Bytes {
+  const [signer, origin] = [utf8(name), utf8(checkpoint.origin)];
+  return concat(
+    LABEL,
+    Uint8Array.of(signer.length),
+    signer,
+    u64be(timestamp),
+    Uint8Array.of(origin.length),
+    origin,
+    u64be(0n),
+    u64be(checkpoint.size),
+    checkpoint.root,
+  );
+}
+
+/** The first 4 bytes of SHA-256(name || 0x0A || type || public key). */
+export const keyIdOf = (name: string, kind: number, key: Bytes): Bytes =>
+  sha256(utf8(`${name}\n`), Uint8Array.of(kind), key).subarray(0, 4);
+
 function ourLine(lines: readonly Line[], name: string, kind: number, key: Bytes, length: number): Bytes {
-  const wanted = sha256(utf8(`${name}\n`), Uint8Array.of(kind), key).subarray(0, 4);
+  const wanted = keyIdOf(name, kind, key);
   const blobs = lines.filter((line) => line.name === name && equal(line.keyId, wanted)).map((line) => line.blob);
   if (!blobs.length) {
     throw refused("log.signature_missing", `checkpoint: no signature of type ${kind} by this log`);
@@ -79,7 +91,8 @@ function ourLine(lines: readonly Line[], name: string, kind: number, key: Bytes,
   return blobs[0]!;
 }
 
-function parseNote(data: Bytes): { text: string; lines: Line[] } {
+/** The text, and its signature lines; refuses `tlog.note`. */
+export function parseNote(data: Bytes): { text: string; lines: Line[] } {
   if (data.length > MAX_NOTE_BYTES) throw badNote(`at most ${MAX_NOTE_BYTES} bytes, got ${data.length}`);
   const whole = fromUtf8(data);
   if (whole === null) throw badNote("UTF-8");
@@ -105,10 +118,12 @@ function parseLine(line: string): Line {
   return { name, keyId: blob.subarray(0, 4), blob: blob.subarray(4) };
 }
 
-const isName = (name: string): boolean =>
+/** What may name a key or a log. */
+export const isName = (name: string): boolean =>
   name.length > 0 && utf8(name).length <= MAX_NAME_BYTES && !name.includes("+") && !SPACE.test(name);
 
-function parseText(text: string): Checkpoint {
+/** Refuses `tlog.checkpoint`, `tlog.extension`. */
+export function parseText(text: string): Checkpoint {
   const bad = (expected: string) => malformed("tlog.checkpoint", `checkpoint: expected ${expected}`);
   const lines = text.split("\n");
   if (lines.length < 4 || lines.at(-1) !== "" || lines.slice(0, -1).some((line) => !line)) {

@@ -30,7 +30,6 @@ const OPAQUE_DATA_VERSION = 34;
 const FEATURE_FLAG = 36;
 const STATUS_MODES: Record<string, string> = { aa: "protected-pcie", "55": "cc-on" };
 const FEATURE_MODES: Record<number, string> = { 0: "cc-on", 1: "cc-on", 2: "protected-pcie" };
-const DICE = ["2.23.133.5.4.1", "2.23.133.5.4.1.1"];
 const SHA384_OID = "608648016503040202";
 const FWID_BYTES = 48;
 const FWIDS = 0xa6;
@@ -211,7 +210,7 @@ function verifyReport(
 function verifyFwid(report: Report, leaf: x509.Certificate, issuer: x509.Certificate): void {
   const fwid = report.opaque.get(FWID);
   if (!fwid || isZero(fwid)) throw no("fwid_missing", "GPU report: expected a firmware identifier, got none");
-  const values = DICE.map((oid) => leaf.extensions.get(oid)).filter((value) => value !== undefined);
+  const values = x509.DICE.map((oid) => leaf.extensions.get(oid)).filter((value) => value !== undefined);
   if (values.length !== 1) {
     throw no("fwid_missing", `${leaf.name}: expected one DICE extension, got ${values.length}`);
   }

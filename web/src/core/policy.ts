@@ -6,6 +6,7 @@
 import { TomlDate, parse } from "smol-toml";
 import { type Bytes, equal, fromHex, hex, includes, isAscii, isPrintable, rfc3339, utf8 } from "./bytes.js";
 import { Refusal, unusable } from "./errors.js";
+import { type VerifierKey, WITNESS_TYPES, isLog, parseVkey } from "./cosignature.js";
 import { type Manifest, parseManifest } from "./manifest.js";
 
 const MAX_BYTES = 8 * 1024 * 1024;
@@ -77,6 +78,15 @@ export interface Policy {
   readonly numerics: readonly string[];
   readonly anyConfig: boolean;
   readonly configs: readonly Bytes[];
+  /** The two verifier keys of the operator log; empty for none. */
+  readonly operatorLog: readonly VerifierKey[];
+  /** Those of one name are one witness, which counts when all of them have signed. */
+  readonly witnesses: readonly VerifierKey[];
+  readonly witnessesRequired: number;
+  readonly witnessed: string;
+  /** SHA-256 of the certificates under which time stamps would hold. */
+  readonly tsaRoots: readonly Bytes[];
+  readonly tsaPolicies: readonly string[];
 }
 
 /** Whether a trust root in this policy is a simulated one. */
@@ -215,12 +225,22 @@ function rootOf(table: Table, key: string, vendor: string, digest: Bytes): Bytes
   return hexOf(text.slice(SIMULATED.length), 32, table.name(key));
 }
 
-function oneOf(table: Table, key: string, ...known: string[]): string {
-  const text = table.text(key);
+/** One of the known words; `absent` where there is none. */
+function oneOf(table: Table, key: string, known: string[], absent?: string): string {
+  const text = table.get<string>(key, "text", absent);
   if (!known.includes(text)) {
     throw bad("value", `${table.name(key)}: expected ${known.join(" or ")}, got ${brief(text)}`);
   }
   return text;
+}
+
+function vkeys(table: Table, key: string): VerifierKey[] {
+  try {
+    return table.texts(key).map(parseVkey);
+  } catch (error) {
+    if (!(error instanceof Refusal) || error.kind === "policy") throw error;
+    throw bad("value", `${table.name(key)}: ${error.message}`);
+  }
 }
 
 /** Parse and check a policy file; refuses `policy.*`. */
@@ -232,9 +252,10 @@ export function parsePolicy(text: string): Policy {
   if (version !== 1n) throw bad("version", `version: expected 1, got ${version}`);
   const [trust, manifest, endorsements] = [top.table("trust"), top.table("manifest"), top.table("endorsements")];
   const [tdx, hardware, gpu] = [top.table("tdx"), top.table("hardware"), top.table("gpu")];
-  const [model, config, images] = [top.table("model"), top.table("config"), top.tables("image")];
+  const [model, config, log, images] = [top.table("model"), top.table("config"), top.table("log"), top.tables("image")];
+  const anchors = top.table("anchors");
   const head = {
-    profile: oneOf(top, "profile", "production", "test", "development"),
+    profile: oneOf(top, "profile", ["production", "test", "development"]),
     created: top.time("created"),
     notAfter: top.time("not_after"),
   };
@@ -266,19 +287,28 @@ export function parsePolicy(text: string): Policy {
     gpuChips: hardware.digests("gpu_chips", 32),
     gpuCount: number(gpu, "count", 1n, 16n),
     gpuMode: gpu.text("mode"),
-    gpuFreshness: oneOf(gpu, "freshness", "session", "boot"),
-    gpuRevocation: oneOf(gpu, "revocation", "required", "if-given"),
+    gpuFreshness: oneOf(gpu, "freshness", ["session", "boot"]),
+    gpuRevocation: oneOf(gpu, "revocation", ["required", "if-given"]),
     weightsRoots: model.digests("weights_roots", 32),
     numerics: model.texts("numerics"),
     anyConfig: config.bool("any"),
     configs: config.digests("digests", 32),
+    operatorLog: vkeys(log, "operator"),
+    witnesses: vkeys(log, "witnesses"),
+    witnessesRequired: Number(log.get<bigint>("witnesses_required", "int", 0n)),
+    witnessed: oneOf(log, "witnessed", ["epoch", "epoch-and-receipt"], "epoch"),
+    tsaRoots: anchors.digests("tsa_roots", 32),
+    tsaPolicies: anchors.texts("tsa_policies"),
   };
-  for (const table of [trust, manifest, endorsements, tdx, hardware, gpu, model, config, ...images]) table.end();
+  for (const table of [trust, manifest, endorsements, tdx, hardware, gpu, model, config, log, anchors, ...images]) {
+    table.end();
+  }
   check(policy, numbers);
   return policy;
 }
 
 function parseToml(text: string): Values {
+  if (text.startsWith("\ufeff")) throw bad("toml", "policy: expected TOML: no byte-order mark");
   try {
     return parse(text, { integersAsBigInt: true });
   } catch (error) {
@@ -318,6 +348,9 @@ function check(policy: Policy, numbers: readonly [string, bigint, bigint, bigint
   if (!policy.numerics.every((name) => isAscii(name) && isPrintable(name))) {
     throw bad("value", "model.numerics: expected printable ASCII");
   }
+  if (policy.tsaPolicies.some((name) => !/^[0-2](\.(0|[1-9][0-9]{0,38})){1,30}$/.test(name))) {
+    throw bad("value", "anchors.tsa_policies: expected object identifiers such as 1.2.3.4.1");
+  }
   const status = policy.acceptedStatuses.find(({ name }) => !ACCEPTABLE_STATUSES.includes(name));
   if (status) {
     const known = `${ACCEPTABLE_STATUSES.join(", ")} (UpToDate needs none, Revoked is never accepted)`;
@@ -334,6 +367,7 @@ function check(policy: Policy, numbers: readonly [string, bigint, bigint, bigint
   if (policy.anyConfig && policy.configs.length) {
     throw bad("contradiction", "config: expected either any = true or digests, got both");
   }
+  checkLog(policy);
   for (const image of policy.images) {
     const what = `image ${hex(image.image_id)}`;
     const kinds = IMAGES_OF[policy.profile]!;
@@ -348,5 +382,28 @@ function check(policy: Policy, numbers: readonly [string, bigint, bigint, bigint
     if (includes(policy.revokedImages, image.image_id)) {
       throw bad("image", `${what}: expected none that manifest.revoked_images lists`);
     }
+  }
+}
+
+function checkLog({ operatorLog, witnesses, witnessesRequired }: Policy): void {
+  if (operatorLog.length && !isLog(operatorLog)) {
+    const wanted = "expected one verifier key of type 0x01 and one of type 0x06 with one name";
+    throw bad("value", `log.operator: ${wanted}`);
+  }
+  const strange = witnesses.find(({ kind }) => !WITNESS_TYPES.includes(kind));
+  if (strange) {
+    const wanted = "expected a witness's verifier key, of type 0x04 or 0x06";
+    throw bad("value", `log.witnesses: ${wanted}, got ${strange.kind} of ${strange.name}`);
+  }
+  if (new Set(witnesses.map(({ text }) => text)).size !== witnesses.length) {
+    throw bad("value", "log.witnesses: expected each verifier key once, got one twice");
+  }
+  const most = new Set(witnesses.map(({ name }) => name)).size;
+  if (witnessesRequired < 0 || witnessesRequired > most) {
+    const wanted = `expected 0 to ${most}, the witnesses named`;
+    throw bad("contradiction", `log.witnesses_required: ${wanted}, got ${witnessesRequired}`);
+  }
+  if (witnessesRequired && !operatorLog.length) {
+    throw bad("contradiction", "log.operator: expected the log that witnesses are required of, got none");
   }
 }

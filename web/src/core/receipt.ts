@@ -62,61 +62,78 @@ interface Receipt {
 export interface Acceptance {
   readonly record: Bytes;
   readonly leafSalt: Bytes;
-  readonly fieldSalts: Bytes;
   readonly leafIndex: bigint;
   readonly proof: readonly Bytes[];
   readonly checkpoint: Bytes;
-  readonly promptTokens: readonly bigint[];
+  /** What opens its commitments to the prompt; null when the prompt was left out. */
+  readonly opened: { readonly fieldSalts: Bytes; readonly promptTokens: readonly bigint[] } | null;
 }
 
+/** What was streamed. `fingerprints` follow from the prompt, and are left out with it. */
 export interface Answer {
   readonly tokens: readonly bigint[];
   readonly text: string;
-  readonly fingerprints: Bytes;
+  readonly fingerprints: Bytes | null;
   readonly fieldSalts: Bytes;
 }
 
-/** Parse `accepted.cbor`; refuses `cbor.*`, `accepted.field`. */
+/** Parse `accepted.cbor`; refuses `cbor.*`, `accepted.field`, `bundle.redaction`. */
 export function parseAcceptance(data: Bytes): Acceptance {
   const value = cbor.fields(cbor.decode(data), "accepted", {
     v: "int",
     record: "bytes",
     leaf_salt: "bytes",
-    field_salts: "bytes",
+    field_salts: ["bytes", "null"],
     leaf_index: "int",
     proof: "list",
     checkpoint: "bytes",
-    prompt_tokens: "list",
+    prompt_tokens: ["list", "null"],
   });
   checkVersion(value.int("v"), "accepted");
-  return {
+  const placed = {
     record: value.bytes("record"),
     leafSalt: value.bytes("leaf_salt"),
-    fieldSalts: value.bytes("field_salts"),
     leafIndex: indexOf(value.int("leaf_index"), "accepted"),
     proof: hashesOf(value.list("proof"), "accepted"),
     checkpoint: value.bytes("checkpoint"),
-    promptTokens: tokensOf(value.list("prompt_tokens"), "accepted"),
   };
+  if (leftOut(value, "accepted", "prompt_tokens", "field_salts")) return { ...placed, opened: null };
+  const promptTokens = tokensOf(value.list("prompt_tokens"), "accepted");
+  return { ...placed, opened: { fieldSalts: value.bytes("field_salts"), promptTokens } };
 }
 
-/** Parse `answer.cbor`; refuses `cbor.*`, `answer.field`. */
-export function parseAnswer(data: Bytes): Answer {
+/** Parse `answer.cbor`, null when the output was left out; refuses `cbor.*`, `answer.field`, `bundle.redaction`. */
+export function parseAnswer(data: Bytes): Answer | null {
   const value = cbor.fields(cbor.decode(data), "answer", {
     v: "int",
-    tokens: "list",
-    text: "text",
-    fingerprints: "bytes",
-    field_salts: "bytes",
+    tokens: ["list", "null"],
+    text: ["text", "null"],
+    fingerprints: ["bytes", "null"],
+    field_salts: ["bytes", "null"],
   });
   checkVersion(value.int("v"), "answer");
+  if (leftOut(value, "answer", "tokens", "text", "field_salts")) {
+    leftOut(value, "answer", "tokens", "fingerprints");
+    return null;
+  }
   const tokens = tokensOf(value.list("tokens"), "answer");
-  const fingerprints = value.bytes("fingerprints");
   const text = value.text("text");
-  if (fingerprints.length !== FINGERPRINT_BYTES * tokens.length || points(text) > MAX_TEXT) {
+  if (points(text) > MAX_TEXT) throw malformed("answer.field", `answer.text: expected at most ${MAX_TEXT} characters`);
+  const fingerprints = value.get("fingerprints") as Bytes | null;
+  if (fingerprints && fingerprints.length !== FINGERPRINT_BYTES * tokens.length) {
     throw malformed("answer.field", "answer: expected one 16-byte fingerprint for each token");
   }
   return { tokens, text, fingerprints, fieldSalts: value.bytes("field_salts") };
+}
+
+/** Whether all of these were left out; refuses `bundle.redaction` where only some were. */
+function leftOut(value: cbor.Fields, what: string, ...names: string[]): boolean {
+  const absent = names.filter((name) => value.get(name) === null);
+  if (absent.length && absent.length !== names.length) {
+    const message = `expected ${names.join(", ")} all there or all left out, got ${absent.join(", ")} left out`;
+    throw malformed("bundle.redaction", `${what}: ${message}`);
+  }
+  return absent.length > 0;
 }
 
 const badReceipt = (code: string, message: string): Refusal => malformed(`receipt.${code}`, `receipt: ${message}`);
@@ -241,7 +258,7 @@ function tokensOf(items: cbor.Value[], what: string): bigint[] {
 /** A checked INTENT: the appliance had committed to the request before any token. */
 export interface Accepted {
   readonly intent: Intent;
-  readonly asked: Asked;
+  readonly asked: Asked | null;
   readonly acceptance: Acceptance;
   readonly leaf: Bytes;
   readonly checkpoint: Checkpoint;
@@ -256,22 +273,31 @@ function same(what: string, expected: Bytes, got: Bytes, code: string): void {
   if (!equal(expected, got)) throw refused(code, `${what}: expected ${hex(expected)}, got ${hex(got)}`);
 }
 
-/** Steps 12 to 14. */
-export function verifyAccepted(acceptance: Acceptance, verdict: Verdict, request: Bytes, step: Step): Accepted {
+/** Steps 12 to 14. `request` is null exactly when the acceptance is not opened. */
+export function verifyAccepted(acceptance: Acceptance, verdict: Verdict, request: Bytes | null, step: Step): Accepted {
+  const left = (what: string) => (request === null ? what : "");
   const [intent, asked] = step("12", (detail) => {
     const intent = parseIntent(acceptance.record);
-    const asked = parseRequest(request);
-    checkIntent(intent, asked, acceptance, verdict, request);
-    detail(`request ${hex(intent.request_id)}; ${acceptance.promptTokens.length} prompt tokens`);
+    const asked = request === null ? null : parseRequest(request);
+    same("boot id", verdict.claims.boot_id, intent.boot_id, "receipt.boot");
+    same("quote digest", verdict.quoteDigest, intent.quote_digest, "receipt.quote");
+    detail(`request ${hex(intent.request_id)}`);
+    if (asked && request && acceptance.opened) {
+      checkRequest(intent, asked, acceptance.opened, request);
+      detail(`${acceptance.opened.promptTokens.length} prompt tokens`);
+    }
     return [intent, asked] as const;
-  });
+  }, left("request and prompt tokens"));
   step("13", (detail) => {
     checkStack(intent, verdict);
-    checkSettings(asked, intent);
     const { sampling, stack } = intent;
     detail(`${stack.model}, ${stack.profile}; temperature ${sampling.temperature}`);
-    detail(`seed ${sampling.seed} (${sampling.seed_origin}); ${asked.settings.size} settings as given or by default`);
-  });
+    detail(`seed ${sampling.seed} (${sampling.seed_origin})`);
+    if (asked) {
+      checkSettings(asked, intent);
+      detail(`${asked.settings.size} settings as given or by default`);
+    }
+  }, left("the settings as asked"));
   return step("14", (detail) => {
     const checkpoint = openCheckpoint(acceptance.checkpoint, verdict);
     const leaf = leafDigest("intent", intent.boot_id, null, acceptance.record, acceptance.leafSalt, acceptance.leafIndex);
@@ -285,15 +311,18 @@ export function verifyAccepted(acceptance: Acceptance, verdict: Verdict, request
   });
 }
 
-function checkIntent(intent: Intent, asked: Asked, acceptance: Acceptance, verdict: Verdict, request: Bytes): void {
-  same("boot id", verdict.claims.boot_id, intent.boot_id, "receipt.boot");
-  same("quote digest", verdict.quoteDigest, intent.quote_digest, "receipt.quote");
+function checkRequest(
+  intent: Intent,
+  asked: Asked,
+  { fieldSalts, promptTokens }: NonNullable<Acceptance["opened"]>,
+  request: Bytes,
+): void {
   same("nonce", asked.nonce, intent.nonce, "receipt.nonce");
-  const salts = parseSalts(acceptance.fieldSalts, INTENT_FIELDS);
+  const salts = parseSalts(fieldSalts, INTENT_FIELDS);
   const values = [
     ["raw_request", request, "receipt.request"],
     ["prompt", asked.input, "receipt.input"],
-    ["prompt_tokens", cbor.encode([...acceptance.promptTokens]), "receipt.prompt_tokens"],
+    ["prompt_tokens", cbor.encode([...promptTokens]), "receipt.prompt_tokens"],
   ] as const;
   for (const [name, value, code] of values) same(name, fieldCommitment(name, salts.get(name)!, value), intent[name], code);
 }
@@ -323,7 +352,7 @@ export function verifyReceipt(
   data: Bytes,
   verdict: Verdict,
   accepted: Accepted,
-  answer: Answer,
+  answer: Answer | null,
   step: Step,
 ): CheckedReceipt {
   const receipt = step("15", (detail) => {
@@ -342,10 +371,13 @@ export function verifyReceipt(
     return receipt;
   });
   const outcome = step("16", () => checkLink(receipt, accepted));
+  const there = [["tokens and text", answer !== null], ["fingerprints", Boolean(answer?.fingerprints)]] as const;
+  const named = (held: boolean) => there.filter(([, here]) => here === held).map(([name]) => name);
   step("17", (detail) => {
     checkAnswer(outcome, answer, accepted);
-    detail(`${outcome.output_count} tokens with fingerprints; finish reason ${outcome.finish_reason}`);
-  });
+    const held = named(true).join(" and ") || "counts and end";
+    detail(`${held} of ${outcome.output_count} tokens; finish reason ${outcome.finish_reason}`);
+  }, named(false).join(", "));
   return step("18", (detail) => {
     const checkpoint = checkLog(receipt, outcome, accepted, verdict);
     detail(`sizes ${verdict.claims.logSize}, ${accepted.checkpoint.size}, ${checkpoint.size}`);
@@ -369,42 +401,42 @@ function checkLink(receipt: Receipt, accepted: Accepted): Outcome {
   return outcome;
 }
 
-function checkAnswer(outcome: Outcome, answer: Answer, accepted: Accepted): void {
-  const salts = parseSalts(answer.fieldSalts, OUTCOME_FIELDS);
-  const values = [
-    ["output_tokens", cbor.encode([...answer.tokens])],
-    ["output_text", utf8(answer.text)],
-    ["fingerprints", answer.fingerprints],
-  ] as const;
+function checkAnswer(outcome: Outcome, answer: Answer | null, accepted: Accepted): void {
+  const values = new Map<(typeof OUTCOME_FIELDS)[number], Bytes>();
+  if (answer) values.set("output_tokens", cbor.encode([...answer.tokens])).set("output_text", utf8(answer.text));
+  if (answer?.fingerprints) values.set("fingerprints", answer.fingerprints);
+  const salts = answer ? parseSalts(answer.fieldSalts, [...values.keys()]) : new Map<string, Bytes>();
   for (const [name, value] of values) {
     same(name, fieldCommitment(name, salts.get(name)!, value), outcome[name], `receipt.${name}`);
   }
   const badCounts = (message: string) => refused("receipt.counts", `token counts: expected ${message}`);
-  const count = BigInt(answer.tokens.length);
-  if (BigInt(accepted.acceptance.promptTokens.length) !== outcome.prompt_count || count !== outcome.output_count) {
-    throw badCounts("those of the answer");
-  }
+  const { opened } = accepted.acceptance;
+  const promptFits = !opened || BigInt(opened.promptTokens.length) === outcome.prompt_count;
+  const answerFits = !answer || BigInt(answer.tokens.length) === outcome.output_count;
+  if (!promptFits || !answerFits) throw badCounts("those of the answer");
   if (outcome.cached_count > outcome.prompt_count || outcome.output_count > accepted.intent.max_tokens) {
     throw badCounts("within prompt and max_tokens");
   }
-  checkEnd(outcome.finish_reason, accepted.intent, answer);
+  checkEnd(outcome, accepted.intent, answer);
 }
 
-/** As far as token ids and text show it: the answer ends where the INTENT makes it end, and not later. */
-function checkEnd(reason: string, intent: Intent, answer: Answer): void {
+/**
+ * As far as token ids and text show it: the answer ends where the INTENT makes it end, and not later. Without the
+ * output: whether there can be such an end at all.
+ */
+function checkEnd(outcome: Outcome, intent: Intent, answer: Answer | null): void {
   const stops = new Set(intent.ignore_eos ? [] : intent.stop_tokens);
-  const last = answer.tokens.at(-1);
-  const stopped = last !== undefined && stops.has(last);
-  const open = last !== undefined && !stopped;
+  const ends = (answer?.tokens ?? []).map((token) => stops.has(token));
+  const last = ends.at(-1) ?? null; // null: not known
   const fits: Record<string, boolean> = {
-    eos: stopped,
-    stop: open && intent.stop.length > 0,
-    length: open && BigInt(answer.tokens.length) === intent.max_tokens,
+    eos: last ?? stops.size > 0,
+    stop: !last && intent.stop.length > 0,
+    length: !last && outcome.output_count === intent.max_tokens,
   };
-  if (!fits[reason] || answer.tokens.slice(0, -1).some((token) => stops.has(token))) {
-    throw refused("receipt.finish_reason", `finish reason: ${reason} does not fit the answer`);
+  if (!fits[outcome.finish_reason] || outcome.output_count === 0n || ends.slice(0, -1).includes(true)) {
+    throw refused("receipt.finish_reason", `finish reason: ${outcome.finish_reason} does not fit the answer`);
   }
-  if (intent.stop.some((text) => answer.text.includes(text))) {
+  if (answer && intent.stop.some((text) => answer.text.includes(text))) {
     throw refused("receipt.finish_reason", "text: expected to end before any stop string");
   }
 }

@@ -159,9 +159,29 @@ const OUTCOME = {
   ended_us: int(),
 };
 
+const PREVIOUS = {
+  boot_id: bytes(),
+  size: int(),
+  root: bytes(),
+  epoch_leaf: bytes(),
+  crashed: int(),
+  torn_bytes: int(),
+};
+const EPOCH = {
+  boot_id: bytes(),
+  origin: text(),
+  epoch: int(),
+  started_us: int(),
+  evidence_digest: bytes(),
+  keys_digest: bytes(),
+  stack: nested(STACK),
+  previous: optional(nested(PREVIOUS)),
+};
+
+export type Epoch = Of<typeof EPOCH>;
 export type Intent = Of<typeof INTENT>;
 export type Outcome = Of<typeof OUTCOME>;
-export type Kind = "intent" | "outcome";
+export type Kind = "epoch" | "intent" | "outcome";
 
 function parseRecord<S extends Shape>(data: Bytes, kind: Kind, shape: S): Of<S> {
   const value = cbor.decode(data, MAX_RECORD_BYTES);
@@ -174,6 +194,7 @@ function parseRecord<S extends Shape>(data: Bytes, kind: Kind, shape: S): Of<S> 
 }
 
 /** Refuses `cbor.*`, `record.field`, `record.type`. */
+export const parseEpoch = (data: Bytes): Epoch => parseRecord(data, "epoch", EPOCH);
 export const parseIntent = (data: Bytes): Intent => parseRecord(data, "intent", INTENT);
 export const parseOutcome = (data: Bytes): Outcome => parseRecord(data, "outcome", OUTCOME);
 

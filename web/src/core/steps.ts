@@ -45,21 +45,30 @@ export interface Check {
   readonly beyond: boolean;
 }
 
-/** Run one step; what it hands to `detail` is kept. A refusal is recorded and goes on to the caller. */
-export type Step = <T>(number: StepNumber, run: (detail: (text: string) => void) => T) => T;
+/**
+ * Run one step; what it hands to `detail` is kept. A refusal is recorded and goes on to the caller. `without`: what the
+ * step cannot look at, because it was left out; it then ends as SKIP or FAIL, never as PASS.
+ */
+export type Step = <T>(
+  number: StepNumber,
+  run: (detail: (text: string) => void) => T,
+  without?: string,
+  name?: string,
+) => T;
 
 export class Steps {
   readonly checks: Check[] = [];
 
-  readonly step: Step = (number, run) => {
-    const details: string[] = [];
+  readonly step: Step = (number, run, without = "", name = STEPS[number]) => {
+    const details: string[] = without ? [`not looked at, since left out: ${without}`] : [];
     try {
       const value = run((text) => void details.push(text));
-      this.push(number, "PASS", details.join("; "));
+      this.push(number, name, without ? "SKIP" : "PASS", details.join("; "));
       return value;
     } catch (error) {
       if (error instanceof Refusal) {
-        this.push((error.step ?? number) as StepNumber, "FAIL", error.message, error.code);
+        const failed = (error.step ?? number) as StepNumber;
+        this.push(failed, failed === number ? name : STEPS[failed], "FAIL", error.message, error.code);
       }
       throw error;
     }
@@ -70,8 +79,8 @@ export class Steps {
     this.checks.push({ step: number, name, status: "SKIP", detail, code: "", beyond });
   }
 
-  private push(step: StepNumber, status: Status, detail: string, code = ""): void {
-    this.checks.push({ step, name: STEPS[step], status, detail, code, beyond: false });
+  private push(step: StepNumber, name: string, status: Status, detail: string, code = ""): void {
+    this.checks.push({ step, name, status, detail, code, beyond: false });
   }
 }
 

@@ -7,13 +7,14 @@
  */
 
 import { appraise } from "./appraise.js";
-import { parseBundle } from "./bundle.js";
+import { parseBundle, redactedParts } from "./bundle.js";
 import { type Bytes, equal, hex, rfc3339 } from "./bytes.js";
 import { Refusal, refused, unusable } from "./errors.js";
 import { verifyManifest } from "./manifest.js";
 import { refuseRetired } from "./numerics.js";
 import { type Policy, isSimulated, parsePolicy } from "./policy.js";
 import { type Accepted, type Answer, type CheckedReceipt, verifyAccepted, verifyReceipt } from "./receipt.js";
+import { verifyReceiptWitness, verifyWitnessed, witnessedBy } from "./witness.js";
 import { type Check, Steps, type Verdict } from "./steps.js";
 
 export type Outcome = "accept" | "partial" | "reject" | "undecidable";
@@ -33,6 +34,7 @@ export interface Result {
   readonly shown: Shown | null;
 }
 
+/** What the answer was; null where it was left out. */
 export interface Shown {
   readonly turns: readonly (readonly [role: string, content: string])[] | null;
   readonly answer: string | null;
@@ -43,6 +45,7 @@ export interface Shown {
 export function verifyBundle(data: Bytes, policyText: string, at: number): Result {
   const steps = new Steps();
   let simulated = false;
+  let redacted: string[] = [];
   try {
     const policy = parsePolicy(policyText);
     simulated = isSimulated(policy);
@@ -51,6 +54,7 @@ export function verifyBundle(data: Bytes, policyText: string, at: number): Resul
       detail(`${data.length} bytes`);
       return bundle;
     });
+    redacted = redactedParts(bundle);
     if (at > policy.notAfter) {
       const message = `policy.not_after: expected a time until ${rfc3339(policy.notAfter)}, got ${rfc3339(at)}`;
       throw unusable("policy.expired", message);
@@ -59,7 +63,8 @@ export function verifyBundle(data: Bytes, policyText: string, at: number): Resul
     const accepted = verifyAccepted(bundle.acceptance, verdict, bundle.request, steps.step);
     const receipt = verifyReceipt(bundle.receipt, verdict, accepted, bundle.answer, steps.step);
     verifyCarried(bundle.manifest, verdict, policy, at, steps);
-    steps.skip("20", "unwitnessed: nobody else is known to have seen this log");
+    const witnesses = verifyWitnessed(bundle.epoch, verdict, policy, steps);
+    verifyReceiptWitness(bundle.witness, verdict, receipt.checkpoint, policy, steps);
     refuseRetired(verdict.boot.profile);
     const partial = steps.checks.some(({ beyond }) => beyond);
     return {
@@ -68,9 +73,9 @@ export function verifyBundle(data: Bytes, policyText: string, at: number): Resul
       step: "",
       message: "",
       simulated: verdict.simulated,
-      redacted: [],
+      redacted,
       checks: steps.checks,
-      shown: shownOf(verdict, accepted, bundle.answer, receipt, at),
+      shown: shownOf(verdict, accepted, bundle.answer, receipt, witnesses, at),
     };
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
@@ -81,7 +86,7 @@ export function verifyBundle(data: Bytes, policyText: string, at: number): Resul
       step: failed?.status === "FAIL" ? failed.step : "",
       message: error.message,
       simulated,
-      redacted: [],
+      redacted,
       checks: steps.checks,
       shown: null,
     };
@@ -106,14 +111,24 @@ function verifyCarried(manifest: Bytes | null, verdict: Verdict, policy: Policy,
 const time = (microseconds: bigint | null): string =>
   microseconds === null ? "none" : rfc3339(Number(microseconds / 1_000_000n));
 
-function shownOf(verdict: Verdict, accepted: Accepted, answer: Answer, receipt: CheckedReceipt, at: number): Shown {
+/** A share in units of 2^-20, to as many digits as that gives. */
+const share = (units: bigint): string => String(Number((Number(units) / 2 ** 20).toFixed(6)));
+
+function shownOf(
+  verdict: Verdict,
+  accepted: Accepted,
+  answer: Answer | null,
+  receipt: CheckedReceipt,
+  witnesses: readonly string[],
+  at: number,
+): Shown {
   const { intent, asked } = accepted;
   const { outcome, checkpoint } = receipt;
   const { stack, sampling } = intent;
   const biases = sampling.logit_bias.map(([token, bias]) => `${token}: ${bias}`).join(", ");
   return {
-    turns: asked.turns?.map(({ role, content }) => [role, content] as const) ?? [["prompt", asked.prompt ?? ""]],
-    answer: answer.text,
+    turns: asked && (asked.turns?.map(({ role, content }) => [role, content]) ?? [["prompt", asked.prompt ?? ""]]),
+    answer: answer && answer.text,
     facts: [
       [
         "What computed the answer",
@@ -140,11 +155,11 @@ function shownOf(verdict: Verdict, accepted: Accepted, answer: Answer, receipt: 
       [
         "Settings of this answer",
         [
-          ["Temperature", String(sampling.temperature)],
+          ["Temperature", `${sampling.temperature}${sampling.temperature === 0 ? " (greedy)" : ""}`],
           ["Seed", `${sampling.seed}, chosen by the ${sampling.seed_origin}`],
           ["Top-k", sampling.top_k === 0n ? "off" : String(sampling.top_k)],
-          ["Top-p", String(Number(sampling.top_p_20bit) / 2 ** 20)],
-          ["Min-p", String(Number(sampling.min_p_20bit) / 2 ** 20)],
+          ["Top-p", share(sampling.top_p_20bit)],
+          ["Min-p", share(sampling.min_p_20bit)],
           [
             "Penalties",
             `repetition ${sampling.repetition_penalty}, presence ${sampling.presence_penalty}, ` +
@@ -163,7 +178,7 @@ function shownOf(verdict: Verdict, accepted: Accepted, answer: Answer, receipt: 
           ["Ended", `${time(outcome.ended_us)}: ${outcome.finish_reason}`],
           ["Tokens", `${outcome.prompt_count} in (${outcome.cached_count} cached), ${outcome.output_count} out`],
           ["Request", hex(intent.request_id)],
-          ["Log", `${checkpoint.origin}, ${checkpoint.size} leaves, unwitnessed`],
+          ["Log", `${checkpoint.origin}, ${checkpoint.size} leaves, ${witnessedBy(witnesses)}`],
           ["Judged as of", rfc3339(at)],
         ],
       ],

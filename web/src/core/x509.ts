@@ -34,8 +34,9 @@ const KEY_USAGE = "2.5.29.15";
 const KEY_CERT_SIGN = 0x20;
 const CRL_SIGN = 0x40;
 const CRL_NUMBER = "2.5.29.20";
-const DICE = "2.23.133.5.4.1";
-const READ = [BASIC_CONSTRAINTS, KEY_USAGE, DICE]; // critical extensions that are judged here or by callers
+/** The firmware of a GPU's device certificate, in Hopper's form and in Blackwell's. */
+export const DICE = ["2.23.133.5.4.1", "2.23.133.5.4.1.1"];
+const READ = [BASIC_CONSTRAINTS, KEY_USAGE, ...DICE]; // critical extensions that are judged here or by callers
 const COMMON_NAME = "2.5.4.3";
 const ATTRIBUTES: Record<string, string> = {
   [COMMON_NAME]: "CN",

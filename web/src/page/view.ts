@@ -65,8 +65,7 @@ export function render(result: Result, judged: Judged): [Node[], HTMLElement] {
       ["Bundle", `${judged.bundle.name}, SHA-256 ${hex(sha256(judged.bundle.data))}`],
       ["Policy", `${judged.policy.name}, SHA-256 ${hex(sha256(judged.policy.data))}`],
     ]),
-    element("h2", {}, "What this does not show"),
-    element("ul", {}, ...UNPROVEN.map((item) => element("li", {}, text(item)))),
+    ...(result.shown ? unproven() : []),
     json(result, judged),
   ];
   return [nodes.filter((node) => node !== null), heading];
@@ -80,6 +79,11 @@ function simulated(): Node {
 function redactedWords(parts: readonly string[]): string {
   const what = parts.map((part) => (part === "prompt" ? "the prompt" : "the answer")).join(" and ");
   return `Redacted: ${what} was left out on purpose, with all that would let it be guessed. The rest was verified.`;
+}
+
+function unproven(): Node[] {
+  const items = UNPROVEN.map((item) => element("li", {}, text(item)));
+  return [element("h2", {}, "What this does not show"), element("ul", {}, ...items)];
 }
 
 function conversation(result: Result): Node[] {

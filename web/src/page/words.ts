@@ -32,6 +32,9 @@ export const SKIPPED: Partial<Record<StepNumber, string>> = {
   "8": "The GPUs' firmware was not compared with their maker's published values, nor their certificates with lists of revoked ones.",
   "9": "The policy does not name machines, so any machine that its maker vouches for will do.",
   "11": "The network connection can only be checked by the client, while it is connected.",
+  "12": "The request was left out of this file, so it was not compared with what the appliance had committed to. The rest of that commitment holds.",
+  "13": "It ran the software that was checked above. The settings that were asked for were left out, so they were not compared.",
+  "17": "Some of the answer was left out of this file. What is there is what was signed, and counts and end fit.",
   "19": "The publisher's signed measurements did not come along; those in the policy were used.",
   "20": "Nobody else is known to have seen this log, so that another version shown to others would not be noticed.",
 };
