@@ -11,9 +11,11 @@ Not checked here: what the value means; each format's own parser does that.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -26,6 +28,13 @@ MAX_DEPTH = 16
 MAX_ITEMS = (1 << 20) + 4096  # a million token ids and what stands around them
 _SIMPLE = {20: False, 21: True, 22: None}
 _FLOATS = {25: ">e", 26: ">f", 27: ">d"}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A value that `encode` encoded before; it is written as it is. No decoder makes one."""
+
+    data: bytes
 
 
 def encode(value: object) -> bytes:
@@ -81,7 +90,12 @@ def _write_float(out: bytearray, value: float) -> None:
 def _write(out: bytearray, value: object, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise FormatError(f"cbor: nested deeper than {MAX_DEPTH}", code="cbor.malformed")
-    match value:
+    match value:  # the most frequent first: records are encoded while their requests wait
+        case str():
+            out += _text(value)
+        case bytes():
+            _head(out, 2, len(value))
+            out += value
         case None:
             out.append(0xF6)
         case bool():
@@ -90,16 +104,8 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             _head(out, *((0, value) if value >= 0 else (1, -1 - value)))
         case float():
             _write_float(out, value)
-        case bytes():
-            _head(out, 2, len(value))
-            out += value
-        case str():
-            try:
-                text = value.encode()
-            except UnicodeEncodeError as err:
-                raise FormatError("cbor: expected text without lone surrogates", code="cbor.type") from err
-            _head(out, 3, len(text))
-            out += text
+        case Encoded():
+            out += value.data
         case list() | tuple():
             _head(out, 4, len(value))
             for item in value:
@@ -108,7 +114,8 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             if any(isinstance(key, bool) or not isinstance(key, str | int) for key in value):
                 raise FormatError("cbor: expected map keys of type str or int", code="cbor.type")
             _head(out, 5, len(value))
-            for key, item in sorted(((encode(key), item) for key, item in value.items()), key=itemgetter(0)):
+            pairs = [(_key(key), item) for key, item in value.items()]
+            for key, item in sorted(pairs, key=itemgetter(0)):
                 out += key
                 _write(out, item, depth + 1)
         case cbor2.CBORTag():
@@ -116,6 +123,24 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             _write(out, value.value, depth + 1)
         case _:
             raise FormatError(f"cbor: value of type {type(value).__name__}", code="cbor.type")
+
+
+def _text(value: str) -> bytes:
+    try:
+        text = value.encode()
+    except UnicodeEncodeError as err:
+        raise FormatError("cbor: expected text without lone surrogates", code="cbor.type") from err
+    out = bytearray()
+    _head(out, 3, len(text))
+    return bytes(out) + text
+
+
+def _key(key: str | int) -> bytes:
+    """The same few names stand in every map of ours."""
+    return _short_text(key) if isinstance(key, str) and len(key) <= 64 else encode(key)
+
+
+_short_text = functools.lru_cache(1024)(_text)
 
 
 def _check_items(data: bytes) -> None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from countermark.errors import FormatError
+from countermark.formats.cbor import Encoded
 
 MAX_TEXT = 4096
 MAX_ITEMS = 1024
@@ -51,7 +52,7 @@ def _field(name: str, annotation: str, value: Any, rules: Rules) -> Any:
     if value is None and name in rules.optional:
         return None
     if name in rules.nested:
-        return from_map(rules.nested[name], value, rules)
+        return value if isinstance(value, Encoded) else from_map(rules.nested[name], value, rules)
     kind = annotation.removesuffix(" | None")
     if kind == "bytes":
         length = rules.lengths.get(name, 32)
