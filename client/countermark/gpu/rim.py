@@ -38,7 +38,7 @@ from countermark.formats.spdm import STATUS_DISABLED, OpaqueType, Report
 
 MAX_RIM_BYTES: Final = 256 * 1024
 MAX_ALTERNATIVES: Final = 64
-MAX_NAMESPACES: Final = 64  # canonical XML takes time by the square of these two; genuine RIMs have 6 and 1
+MAX_NAMESPACES: Final = 512  # canonical XML takes time by the square of these two; genuine RIMs have 6 and 1
 MAX_ATTRIBUTES: Final = 8
 _SWID: Final = "{http://standards.iso.org/iso/19770/-2/2015/schema.xsd}"
 _DS: Final = "{http://www.w3.org/2000/09/xmldsig#}"
