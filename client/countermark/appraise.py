@@ -77,10 +77,11 @@ class Scope(StrEnum):
 
 
 class TimeBasis(StrEnum):
-    """Where the time of an appraisal comes from: this machine's clock, or somebody's choice."""
+    """Where the time of an appraisal comes from: this machine's clock, somebody's choice, or a time stamp."""
 
     NOW = "now"
     ASSUMED = "assumed"
+    ANCHOR = "anchor"
 
 
 @final
@@ -267,9 +268,7 @@ def appraise(
     scope = Scope(scope)
     if (scope is Scope.SESSION) is not (connection is not None):
         raise UsageError("connection: expected in scope session and only there", code="appraise.connection")
-    if now > policy.not_after:
-        message = f"policy.not_after: expected a time until {rfc3339(policy.not_after)}, got {rfc3339(now)}"
-        raise PolicyError(message, code="policy.expired")
+    refuse_expired(policy, now)
     steps = _Steps()
 
     with steps.step("1") as detail:
@@ -362,6 +361,13 @@ def appraise(
         tdx=platform,
         gpu=gpus,
     )
+
+
+def refuse_expired(policy: Policy, now: int) -> None:
+    """Raises `PolicyError` `policy.expired`."""
+    if now > policy.not_after:
+        message = f"policy.not_after: expected a time until {rfc3339(policy.not_after)}, got {rfc3339(now)}"
+        raise PolicyError(message, code="policy.expired")
 
 
 def _verify_platform(evidence: Evidence, policy: Policy) -> None:

@@ -63,7 +63,7 @@ def test_the_earliest_stamp_gives_the_time(authority: Authority) -> None:
     found = verified((first, second), authority)
     assert found.time == NOW
     assert (len(found.found), found.skipped) == (2, ())
-    assert found.found[0] == "2026-09-22T14:13:20Z by test stamper, policy 1.2.3.4.1"
+    assert found.found[0] == "2027-01-16T08:00:00Z by test stamper, policy 1.2.3.4.1"
 
 
 def test_without_roots_stamps_are_skipped(authority: Authority) -> None:
@@ -75,7 +75,7 @@ def test_without_roots_stamps_are_skipped(authority: Authority) -> None:
 def test_blocks_are_told_and_give_no_time(authority: Authority) -> None:
     anchor = by_block(size=20)
     found = verified((anchor,), authority, headers=headers(anchor))
-    assert (found.time, found.found, found.skipped) == (None, ("block 5 of 2026-09-21T14:13:20Z",), ())
+    assert (found.time, found.found, found.skipped) == (None, ("block 5 of 2027-01-15T08:00:00Z",), ())
 
 
 @pytest.mark.parametrize(

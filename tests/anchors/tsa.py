@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-NOW = 1_790_000_000
+NOW = 1_800_000_000
 DAY = 86_400
 OIDS = {
     "signed-data": "2a864886f70d010702",
