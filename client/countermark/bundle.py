@@ -9,8 +9,7 @@ of the file is accounted for. The digests find damage, not forgery: nothing in a
 `redact` leaves out the prompt or the output with every salt that would make a guess at it checkable: the signed records
 keep their commitments, so what is left proves as much as before. A bundle redacted by half is refused.
 
-Not here: what the entries mean (`formats`). Proofs that were made later (`epoch.cbor`, `witness.cbor`, `anchors.cbor`)
-are bytes here.
+Not here: what the entries mean (`formats`), and how proofs that were made later get into one (`later`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
@@ -26,6 +25,7 @@ from typing import Final
 from countermark.errors import BundleError, FormatError
 from countermark.files import read_file, write_file
 from countermark.formats import cbor, records
+from countermark.formats.anchors import MAX_ANCHORS_BYTES, parse_anchors
 from countermark.formats.evidence import MAX_EVIDENCE_BYTES
 from countermark.formats.manifest import MAX_MANIFEST_BYTES
 from countermark.formats.receipt import (
@@ -40,6 +40,12 @@ from countermark.formats.receipt import (
     parse_acceptance,
     parse_answer,
 )
+from countermark.formats.witnessed import (
+    MAX_RECEIPT_WITNESS_BYTES,
+    MAX_WITNESSED_BYTES,
+    parse_receipt_witness,
+    parse_witnessed,
+)
 
 VERSION: Final = 1
 SUFFIX: Final = ".cmk"
@@ -52,9 +58,14 @@ ENTRIES: Final = {  # in this order; the most bytes of each
     "receipt.cose": MAX_RECEIPT_BYTES,
     "evidence.cbor": MAX_EVIDENCE_BYTES,
     "measurements.json": MAX_MANIFEST_BYTES,
-    "epoch.cbor": _MIB,
-    "witness.cbor": _MIB,
-    "anchors.cbor": 2 * _MIB,
+    "epoch.cbor": MAX_WITNESSED_BYTES,
+    "witness.cbor": MAX_RECEIPT_WITNESS_BYTES,
+    "anchors.cbor": MAX_ANCHORS_BYTES,
+}
+_LATER: Final[Mapping[str, Callable[[bytes], object]]] = {
+    "epoch.cbor": parse_witnessed,
+    "witness.cbor": parse_receipt_witness,
+    "anchors.cbor": parse_anchors,
 }
 _ALWAYS: Final = ("accepted.cbor", "answer.cbor", "receipt.cose", "evidence.cbor")
 MAX_BUNDLE_BYTES: Final = 64 * _MIB
@@ -175,7 +186,7 @@ def parse_bundle(data: bytes) -> Bundle:
             raise BundleError(f"{name}: expected at most {ENTRIES[name]} bytes", code="bundle.size")
     if manifest != _manifest(entries):
         raise BundleError("bundle: the entries are not the ones its manifest lists", code="bundle.digest")
-    return Bundle(
+    bundle = Bundle(
         request=entries.get("request.bin"),
         acceptance=parse_acceptance(entries["accepted.cbor"]),
         answer=parse_answer(entries["answer.cbor"]),
@@ -186,6 +197,10 @@ def parse_bundle(data: bytes) -> Bundle:
         witness=entries.get("witness.cbor"),
         anchors=entries.get("anchors.cbor"),
     )
+    for name, parse in _LATER.items():  # judged or not, no byte of them is unaccounted for
+        if name in entries:
+            parse(entries[name])
+    return bundle
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:

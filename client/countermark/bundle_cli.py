@@ -13,22 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from countermark import terminal
+from countermark import later, logsource, terminal
 from countermark.bundle import ENTRIES, SUFFIX, Bundle, encode_bundle, entries_of, read_bundle, redact
 from countermark.checks import rfc3339
 from countermark.errors import UsageError
 from countermark.files import read_file, write_new_file
 from countermark.formats.evidence import parse_evidence
+from countermark.formats.manifest import parse_envelope
 from countermark.formats.receipt import Redaction, parse_receipt
 from countermark.formats.records import parse_intent, parse_outcome
 
 Command = Callable[..., argparse.ArgumentParser]
 UNVERIFIED: Final = "not verified: this is what the file says of itself"
-_LATER: Final = {  # option -> the bundle's part and the entry it becomes
-    "manifest": ("manifest", "measurements.json", "the signed measurement manifest"),
-    "epoch": ("epoch", "epoch.cbor", "the node's EPOCH in the operator's log, with its cosignatures"),
-    "witness": ("witness", "witness.cbor", "a cosigned checkpoint that extends the receipt's"),
-    "anchor": ("anchors", "anchors.cbor", "timestamps of the log"),
+_ADDED: Final = {  # option -> what it adds
+    "manifest": "the signed measurement manifest",
+    "epoch": "the node's EPOCH in its operator's log, with cosignatures",
+    "witness": "a cosigned checkpoint of the node's log, no older than the receipt",
+    "anchor": "a timestamp of such a checkpoint; may be repeated",
 }
 _TELLS: Final = {
     Redaction.OUTPUT: "the output is still in it, and with it all that the output tells of the prompt (--output)",
@@ -51,9 +52,11 @@ def add_commands(commands: Any, command: Command) -> None:
 
     add = command(actions, "add", _add, "make a bundle that also carries proofs made later")
     add.add_argument("bundle", type=Path)
-    for option, (_, _, text) in _LATER.items():
-        add.add_argument(f"--{option}", type=Path, metavar="F", help=text)
-    add.add_argument("--replace", action="store_true", help="put them in the place of those it has")
+    for option, text in _ADDED.items():
+        action = "append" if option == "anchor" else "store"
+        add.add_argument(f"--{option}", type=Path, action=action, metavar="F", help=text)
+    add.add_argument("--log", metavar="SOURCE", help="directory or https URL of the node's log: makes missing proofs")
+    add.add_argument("--ca-file", type=Path, metavar="PEM", help="authorities for an https URL")
     for parser, suffix in ((less, "redacted"), (add, "added")):
         parser.add_argument(
             "--out", type=Path, metavar="F", help=f"new file (default: BUNDLE's name .{suffix}{SUFFIX})"
@@ -118,16 +121,29 @@ def _redact(args: argparse.Namespace) -> None:
 
 def _add(args: argparse.Namespace) -> None:
     bundle = read_bundle(args.bundle)
-    given = {option: path for option in _LATER if (path := getattr(args, option)) is not None}
-    if not given:
-        raise UsageError("bundle add: expected a file to add, got none", code="usage.bundle")
-    for option, path in given.items():
-        part, name, _ = _LATER[option]
-        if getattr(bundle, part) is not None and not args.replace:
-            raise UsageError(f"{args.bundle}: expected none yet, got {name} (--replace)", code="usage.bundle")
-        added: dict[str, Any] = {part: read_file(path, max_bytes=ENTRIES[name])}
-        bundle = replace(bundle, **added)
+    if not any(getattr(args, option) for option in _ADDED):
+        options = ", ".join(f"--{option}" for option in _ADDED)
+        raise UsageError(f"bundle add: expected something to add ({options}), got nothing", code="usage.bundle")
+    log = None if args.log is None else logsource.static(args.log, args.ca_file)
+    if args.manifest is not None:
+        data = read_file(args.manifest, max_bytes=ENTRIES["measurements.json"])
+        parse_envelope(data)
+        bundle = replace(_new(bundle, "manifest"), manifest=data)
+    if args.epoch is not None:
+        bundle = later.add_epoch(_new(bundle, "epoch"), read_file(args.epoch, max_bytes=ENTRIES["epoch.cbor"]))
+    if args.witness is not None:
+        data = read_file(args.witness, max_bytes=ENTRIES["witness.cbor"])
+        bundle = later.add_witness(_new(bundle, "witness"), data, log)
+    for path in args.anchor or ():
+        bundle = later.add_anchors(bundle, read_file(path, max_bytes=ENTRIES["anchors.cbor"]), log)
     _write(args, bundle, "added")
+
+
+def _new(bundle: Bundle, part: str) -> Bundle:
+    """The bundle, which has none of it yet: what is there is not replaced, but added to the bundle without it."""
+    if getattr(bundle, part) is not None:
+        raise UsageError(f"--{part}: expected a bundle without one, got one that has it", code="usage.bundle")
+    return bundle
 
 
 def _write(args: argparse.Namespace, bundle: Bundle, suffix: str) -> None:

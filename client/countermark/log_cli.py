@@ -19,7 +19,6 @@ from typing import Any
 
 from countermark import cosigned, logsource, terminal
 from countermark.errors import LogError, Unavailable, UsageError
-from countermark.fetch.https import Service
 from countermark.files import read_file, write_file
 from countermark.formats.witnessed import boot_log_keys, parse_sidecar
 from countermark.logcheck import Progress, Rules, verify_log
@@ -135,7 +134,7 @@ def _opened(args: argparse.Namespace) -> Iterator[Opened]:
                 vouched="the node's attested keys",
             )
         return
-    source = _static(args.source, args.ca_file)
+    source = logsource.static(args.source, args.ca_file)
     if args.key:
         origin, keys = log_keys(_vkeys(args.key))
         yield Opened(source=source, origin=origin, keys=keys, rules=rules, vouched="the keys given")
@@ -152,12 +151,6 @@ def _opened(args: argparse.Namespace) -> Iterator[Opened]:
         rules=rules,
         vouched="the keys that lie beside the log, which nobody vouches for",
     )
-
-
-def _static(text: str, ca_file: Path | None = None) -> logsource.TileSource:
-    if "://" in text:
-        return logsource.website(Service(url=text, ca_file=ca_file))
-    return logsource.directory(Path(text))
 
 
 def _head(opened: Opened) -> Checkpoint:
@@ -224,7 +217,7 @@ def _proven(opened: Opened, head: Checkpoint, proof: tuple[bytes, ...]) -> dict[
 def _witness(args: argparse.Namespace) -> None:
     keys = load_keys(args.key, passphrase=read_passphrase(args.passphrase_file))
     origin, operator = log_keys(_vkeys(args.operator))
-    source = _static(args.source)
+    source = logsource.static(args.source)
     witness = Witness(args.state, keys, origin, operator)
     stop = threading.Event()
     if args.every is not None:

@@ -166,3 +166,8 @@ def website(service: Service) -> TileSource:
             raise Unavailable(str(err), code=f"log.fetch.{reason}", retry_after_s=err.retry_after_s) from err
 
     return TileSource(read)
+
+
+def static(text: str, ca_file: Path | None = None) -> TileSource:
+    """The log in a directory or at an https URL. `ca_file`: PEM, authorities for the URL."""
+    return website(Service(url=text, ca_file=ca_file)) if "://" in text else directory(Path(text))

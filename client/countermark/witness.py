@@ -85,6 +85,8 @@ def verify_witnessed(
     steps = Steps(verdict.checks if checks is None else checks)
     data = data or None
     if policy.operator_log is None or (data is None and not policy.witnesses_required):
+        if data is not None:
+            parse_witnessed(data)  # nobody asks for it here, but a bundle carries it
         why = "the policy names no operator log" if policy.operator_log is None else "no EPOCH in it was shown"
         steps.skip("20", "log witnesses", f"{UNWITNESSED}: {why}; nobody else is known to have seen this log")
         return _made(verdict, data, steps)
