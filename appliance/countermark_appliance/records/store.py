@@ -1,6 +1,7 @@
 """A boot's log: append leaves durably, prove them, publish the C2SP files.
 
-Group commit: whoever gets the lock appends everything that waits, signs one checkpoint and syncs once. Memory: 72 bytes
+Group commit: one of those who wait leads; it appends everything that waits, signs one checkpoint and syncs once, wakes
+those it served, and hands over to the first of those who have come meanwhile. Memory: 72 bytes
 for each leaf (hashes of all complete subtrees, and where the leaf stands in the journal). The files of C2SP tlog-tiles
 (`checkpoint`, `tile/...`) are written by a thread of their own, not synced and not waited for: they are derived from
 the journal, and the next start completes them.
@@ -43,7 +44,11 @@ class Appended:
 class _Waiting:
     builds: Sequence[BuildLeaf]
     new: bool
-    result: Appended | CountermarkError | None = field(default=None)
+    result: Appended | CountermarkError | None = None
+    woken: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.woken.acquire()
 
 
 class LogStore:
@@ -56,6 +61,7 @@ class LogStore:
         self._tree = Tree()
         self._offsets = array("Q")
         self._queue: list[_Waiting] = []
+        self._led = False  # whether somebody commits, or has been woken to
         self._queue_lock = threading.Lock()
         self._lock = threading.Lock()
         self._closed = False
@@ -72,15 +78,14 @@ class LogStore:
         waiting = _Waiting(builds, new)
         with self._queue_lock:
             self._queue.append(waiting)
-        with self._lock:
-            if waiting.result is None:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
+            leads, self._led = not self._led, True
+        if not leads:
+            waiting.woken.acquire()  # served, or to lead
+        if waiting.result is None:
+            self._lead()
         if isinstance(waiting.result, CountermarkError):
             raise waiting.result
-        if waiting.result is None:  # whoever committed for us failed in a way that is its own to report
-            raise Unavailable("log: the commit did not complete", code="log.failed")
+        assert waiting.result is not None
         return waiting.result
 
     def head(self) -> tuple[int, bytes, bytes]:
@@ -124,6 +129,23 @@ class LogStore:
     def _check_size(self, size: int) -> None:
         if not 0 <= size <= self._tree.size:
             raise LogError(f"tree size: expected at most {self._tree.size}, got {size}", code="log.range")
+
+    def _lead(self) -> None:
+        """Commit for everybody who waits, oneself among them, and hand over."""
+        with self._queue_lock:
+            batch, self._queue = self._queue, []
+        try:
+            with self._lock:
+                self._commit(batch)
+        finally:
+            with self._queue_lock:
+                self._led = bool(self._queue)
+                heir = self._queue[0] if self._queue else None
+            for served in batch:
+                served.result = served.result or Unavailable("log: the commit did not complete", code="log.failed")
+                served.woken.release()
+            if heir is not None:
+                heir.woken.release()
 
     def _commit(self, batch: list[_Waiting]) -> None:
         """Append what waits in one frame; gives every member its result. Holds the lock."""
