@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/*)
 
-.PHONY: demo test check soak bench-cpu bench-gpu proto lock clean
+.PHONY: demo test check web soak bench-cpu bench-gpu proto lock clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/countermark demo
@@ -18,6 +18,13 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy client appliance kernels
 	$(BIN)/lint-imports
+
+# The browser verifier, for whoever changes it: what comes out is committed, and the tests build it again. Needs npm.
+web:
+	npm --prefix web ci
+	npm --prefix web run check
+	npm --prefix web run build
+	cp web/dist/verify.html docs/verify.html
 
 # The same questions again and again: 64 rounds among neighbours, 200 kills of the log, every binary32 through SiLU, then
 # the determinism suite, whose report is bench/results/determinism-cpu.json, and a million inputs for every parser.
@@ -65,4 +72,4 @@ $(VENV)/demo.stamp: $(VENV)/appliance.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist demo-out web/node_modules web/dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
