@@ -17,7 +17,16 @@ from typing import Any, Final, NoReturn
 import grpc
 import grpc.aio
 
-from countermark.errors import ChannelError, CountermarkError, FormatError, LogError, Unavailable, UsageError
+from countermark.errors import (
+    ChannelError,
+    CountermarkError,
+    FormatError,
+    LogError,
+    Unavailable,
+    Undecidable,
+    UsageError,
+    WeightsError,
+)
 from countermark.wire import codec
 from countermark_appliance.connections import Connections
 from countermark_appliance.faults import describe
@@ -41,6 +50,8 @@ _BY_CLASS: Final = (
     (UsageError, grpc.StatusCode.INVALID_ARGUMENT),
     (FormatError, grpc.StatusCode.INVALID_ARGUMENT),
     (LogError, grpc.StatusCode.FAILED_PRECONDITION),
+    (WeightsError, grpc.StatusCode.FAILED_PRECONDITION),
+    (Undecidable, grpc.StatusCode.FAILED_PRECONDITION),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
 # Where the error itself does not say when to come back.

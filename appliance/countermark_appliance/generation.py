@@ -159,10 +159,10 @@ class Generation:
 
     async def _live(self, place: Place) -> None:
         try:
-            request = _engine_request(self._order.request, self._scope)
+            request = engine_request(self._order.request, self._scope)
             prepared = await self._blocking(lambda: self._engine.prepare(request))
             if self._abandoned is not None:
-                raise _ended(self._abandoned)
+                raise ended(self._abandoned)
             committed = await self._blocking(lambda: self._commit_intent(prepared))
         except Exception as err:  # noqa: BLE001  the stream must get its end, whatever happened
             self._fail(err)
@@ -174,7 +174,7 @@ class Generation:
             if done.detail:
                 _log.error("generation: %s", done.detail)
             if reason.value in ABORT_REASONS:
-                raise _ended(self._abandoned if reason is Finish.CANCELLED and self._abandoned else reason)
+                raise ended(self._abandoned if reason is Finish.CANCELLED and self._abandoned else reason)
             self._last.set_result(await self._blocking(lambda: self._finish(committed, done)))
         except Exception as err:  # noqa: BLE001
             # The answer is lost, whatever the cause; the log must say that it ended. An OUTCOME that could not be
@@ -205,7 +205,7 @@ class Generation:
 
     async def _compute(self, prepared: Prepared, committed: Committed, place: Place) -> DoneEvent:
         if self._abandoned is not None:
-            raise _ended(self._abandoned)
+            raise ended(self._abandoned)
         deadline = self._order.deadline
         left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         self._handle = self._engine.submit(prepared, self._sink, left_s, place)
@@ -312,7 +312,7 @@ class Generation:
         return await self._loop.run_in_executor(self._executor, call)
 
 
-def _ended(reason: Finish) -> Unavailable:
+def ended(reason: Finish) -> Unavailable:
     text = {Finish.CANCELLED: "cancelled", Finish.DEADLINE: "out of time", Finish.SHUTDOWN: "server stopping"}
     return Unavailable(f"generation: {text.get(reason, 'engine error')}", code=f"generation.{reason.value}")
 
@@ -326,7 +326,7 @@ def _logprob(value: TokenLogprob) -> pb.Logprob:
     return pb.Logprob(logprob=value.logprob, top=[pb.Likely(id=i, logprob=number) for i, number in value.top])
 
 
-def _engine_request(request: pb.GenerateRequest, scope: bytes) -> Request:
+def engine_request(request: pb.GenerateRequest, scope: bytes) -> Request:
     sampling, chat = request.sampling, request.WhichOneof("input") == "chat"
     turns = tuple(Message(role=turn.role, content=turn.content) for turn in request.chat.messages)
     return Request(

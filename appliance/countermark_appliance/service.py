@@ -30,16 +30,16 @@ from grpc_reflection.v1alpha import reflection
 from countermark.errors import ChannelError, RequestError, Unavailable
 from countermark.formats.evidence import parse_evidence
 from countermark.formats.quote import quote_digest
-from countermark.formats.records import Epoch
 from countermark.formats.report_data import Purpose
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
-from countermark_appliance import generation
+from countermark_appliance import generation, replaying
 from countermark_appliance.connections import Attested, Connection, Connections
 from countermark_appliance.engine.request import Finish
 from countermark_appliance.gate import Context, Gate
 from countermark_appliance.generation import Engine, Generation, Order
 from countermark_appliance.platform.attester import LogHead
+from countermark_appliance.replaying import Replaying, ReplayOrder
 
 _STOP_S: Final = 10.0
 _OPTIONS: Final = (
@@ -56,11 +56,8 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 
-class Recorder(generation.Recorder, Protocol):
+class Recorder(generation.Recorder, replaying.Recorder, Protocol):
     """What the service needs of `records.Recorder`."""
-
-    @property
-    def epoch(self) -> Epoch: ...
 
     def head(self) -> tuple[int, bytes]: ...
 
@@ -123,7 +120,7 @@ class Service:
         self._blocking = ThreadPoolExecutor(32, "countermark-service")
         self._quoting = ThreadPoolExecutor(2, "countermark-attest")
         self._reading = ThreadPoolExecutor(4, "countermark-log")  # anybody may, so nothing else waits behind it
-        self._generations: dict[asyncio.Task[None], Generation] = {}
+        self._generations: dict[asyncio.Task[Any], Generation | Replaying] = {}
         self._stopping = False
         self._started = threading.Event()
         self._stopped = asyncio.Event()
@@ -206,6 +203,7 @@ class Service:
                 "Attest": grpc.unary_unary_rpc_method_handler(self._attest),
                 "GetEvidence": grpc.unary_unary_rpc_method_handler(self._get_evidence),
                 "Generate": grpc.unary_stream_rpc_method_handler(self._generate),
+                "Replay": grpc.unary_unary_rpc_method_handler(self._replay),
             },
         )
 
@@ -239,15 +237,10 @@ class Service:
         return pb.GetEvidenceResponse(evidence=self._passport).SerializeToString()
 
     async def _generate(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
-        attested = self._connections.of(context.peer()).attested
-        if attested is None:
-            raise ChannelError("generate: expected Attest first on this connection", code="channel.not_attested")
+        attested = self._attested(context)
         request = codec.parse_generate_request(data)
-        self._refuse_if_stopping()
-        if len(self._generations) >= self._limits.generations:
-            raise Unavailable(f"service: {self._limits.generations} requests are running", code="service.busy")
-        left_s = context.time_remaining()
-        deadline = None if left_s is None else time.monotonic() + left_s
+        self._refuse_if_busy()
+        deadline = _deadline(context)
         one = Generation(
             Order(raw=data, request=request, attested=attested, deadline=deadline),
             engine=self._engine,
@@ -261,8 +254,38 @@ class Service:
             async for message in one.messages():
                 yield message
         finally:
-            late = deadline is not None and time.monotonic() >= deadline
-            one.abandon(Finish.DEADLINE if late else Finish.CANCELLED)
+            one.abandon(_reason(deadline))
+
+    async def _replay(self, data: bytes, context: Context) -> bytes:
+        attested = self._attested(context)
+        request = codec.parse_replay_request(data)
+        self._refuse_if_busy()
+        deadline = _deadline(context)
+        one = Replaying(
+            ReplayOrder(request=request, attested=attested, deadline=deadline),
+            engine=self._engine,
+            recorder=self._recorder,
+            executor=self._blocking,
+        )
+        task = self._loop.create_task(one.run())
+        self._generations[task] = one
+        task.add_done_callback(self._generations.pop)
+        task.add_done_callback(_retrieve)  # nobody may be left to read it
+        try:
+            return pb.ReplayResponse(receipt=await asyncio.shield(task)).SerializeToString()
+        finally:
+            one.abandon(_reason(deadline))
+
+    def _attested(self, context: Context) -> Attested:
+        attested = self._connections.of(context.peer()).attested
+        if attested is None:
+            raise ChannelError("call: expected Attest first on this connection", code="channel.not_attested")
+        return attested
+
+    def _refuse_if_busy(self) -> None:
+        self._refuse_if_stopping()
+        if len(self._generations) >= self._limits.generations:
+            raise Unavailable(f"service: {self._limits.generations} requests are running", code="service.busy")
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:
@@ -304,6 +327,22 @@ class Service:
             return response.SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _deadline(context: Context) -> float | None:
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s
+
+
+def _reason(deadline: float | None) -> Finish:
+    """Why nobody waits any more."""
+    late = deadline is not None and time.monotonic() >= deadline
+    return Finish.DEADLINE if late else Finish.CANCELLED
+
+
+def _retrieve(task: asyncio.Task[bytes]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 class _Bucket:

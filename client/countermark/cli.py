@@ -16,7 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from countermark import arguments, bundle_cli, endorsements_cli, evidence_cli, explain, gate_cli, log_cli, terminal
+from countermark import (
+    arguments,
+    bundle_cli,
+    endorsements_cli,
+    evidence_cli,
+    explain,
+    gate_cli,
+    log_cli,
+    replay_cli,
+    terminal,
+)
 from countermark import policy as policies
 from countermark.appraise import TimeBasis
 from countermark.bundle import read_bundle
@@ -24,15 +34,11 @@ from countermark.checks import rfc3339
 from countermark.demo import DemoResult, run_demo
 from countermark.errors import (
     CountermarkError,
-    FormatError,
-    ReplayDiverged,
     RequestError,
     UsageError,
-    VerificationError,
 )
 from countermark.files import read_file, write_file
 from countermark.policy import Policy, Profile, load_policy
-from countermark.replay import Equivalence, Mode, ReplayResult, load_runner, replay, replay_many
 from countermark.session import Session, connect
 from countermark.verify import Verification, verify_bundle
 
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         explained = getattr(args, "explain", False)
         terminal.show_error(err, explain=explained)
         if getattr(args, "json", False):
-            _print_json(_refusal(err) | (explain.as_json(err.checks, err.code) if explained else {}))
+            _print_json(replay_cli.refusal(err) | (explain.as_json(err.checks, err.code) if explained else {}))
         return err.exit_code
     except KeyboardInterrupt:
         terminal.note("\nstopped before the end: nothing was verified to the end, nothing was saved")
@@ -130,21 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--endorsements", type=Path, metavar="JSON", help="use these of Intel's, not the bundle's")
     verify.add_argument("--explain", action="store_true", help="say what each failed or skipped check means")
 
-    again = _command(commands, "replay", _replay, "verify bundles and run their answers again", json_=True)
-    again.add_argument(
-        "bundle", type=Path, nargs="+", help="several: a line each (--json: an object a line), then a summary"
-    )
-    again.add_argument("--policy", type=Path, required=True)
-    again.add_argument("--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: now)")
-    again.add_argument("--weights", type=Path, required=True, help="the weights artefact's directory")
-    again.add_argument("--mode", choices=[mode.value for mode in Mode], default=Mode.AUDIT.value)
-    again.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run it (default: cpu)")
-
     bundle_cli.add_commands(commands, _command)
     evidence_cli.add_commands(commands, _command)
     endorsements_cli.add_command(commands, _command)
     log_cli.add_commands(commands, _command)
     gate_cli.add_command(commands, _command)
+    replay_cli.add_command(commands, _command)
 
     policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
         required=True, metavar="ACTION"
@@ -258,75 +255,6 @@ def _verify(args: argparse.Namespace) -> None:
         print(verified)
 
 
-def _replay(args: argparse.Namespace) -> CountermarkError | None:
-    if len(args.bundle) > 1:
-        return _replay_many(args)
-    verified = _verified(args, args.bundle[0], load_policy(args.policy))
-    receipt = verified.whole
-    with terminal.progress("loading the weights"):
-        runner = load_runner(receipt.intent.stack.profile, args.weights, args.device)
-    with terminal.progress(f"running {len(receipt.answer.tokens)} tokens again"):
-        result = replay(verified, runner, args.mode)
-    if args.json:
-        _print_json({"simulated": verified.verdict.simulated, **result.as_json()})
-        args.json = False  # one object, also when the next line raises
-    else:
-        print(f"replay: {'identical' if result.identical else 'diverged'} ({result.equivalence.value})")
-        if result.equivalence is Equivalence.SAME_PROFILE:
-            terminal.note("other hardware: this machine does not show that it runs the recorded image")
-    result.require_identical()
-    return None
-
-
-def _replay_many(args: argparse.Namespace) -> CountermarkError | None:
-    """A line for each bundle as it is settled, then a summary; returns the worst of what was found."""
-    policy = load_policy(args.policy)
-    found: list[CountermarkError] = []
-    counts = dict.fromkeys(("identical", "diverged", "refused", "undecided"), 0)
-
-    def settle(path: Path, outcome: ReplayResult | CountermarkError, simulated: bool | None = None) -> None:
-        err = outcome.difference if isinstance(outcome, ReplayResult) else outcome
-        word = "identical"
-        if err is not None:
-            word = "diverged" if isinstance(err, ReplayDiverged) else "refused" if _rejects(err) else "undecided"
-            found.append(err)
-        counts[word] += 1
-        if args.json:
-            body = outcome.as_json() if isinstance(outcome, ReplayResult) else {"replay": word, **_refusal(outcome)}
-            _print_json({"bundle": str(path), "simulated": simulated, **body})
-        else:
-            why = "" if err is None else f" ({err.code}): {_one_line(err)}"
-            kind = f" ({outcome.equivalence.value})" if isinstance(outcome, ReplayResult) and err is None else ""
-            print(f"{_one_line(path)}: {word}{kind}{why}", flush=True)
-
-    by_profile: dict[str, list[tuple[Path, Verification]]] = {}
-    for path in args.bundle:
-        try:
-            verified = _verified(args, path, policy, quiet=True)
-        except CountermarkError as err:
-            settle(path, err)
-        else:
-            by_profile.setdefault(verified.receipt.intent.stack.profile, []).append((path, verified))
-    if any(verified.verdict.simulated for group in by_profile.values() for _, verified in group):
-        terminal.show_simulated()
-    for profile, group in by_profile.items():
-        try:
-            with terminal.progress("loading the weights"):
-                runner = load_runner(profile, args.weights, args.device)
-        except CountermarkError as err:
-            for path, verified in group:
-                settle(path, err, verified.verdict.simulated)
-            continue
-        for index, outcome in replay_many([verified for _, verified in group], runner, args.mode):
-            path, verified = group[index]
-            settle(path, outcome, verified.verdict.simulated)
-    if args.json:
-        _print_json({"summary": {"bundles": len(args.bundle), **counts}})
-    else:
-        print(f"{len(args.bundle)} bundles: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
-    return max(found, key=lambda err: (_rejects(err), err.exit_code), default=None)
-
-
 def _policy_new(args: argparse.Namespace) -> None:
     policy = policies.new_policy(
         Profile(args.profile),
@@ -363,37 +291,14 @@ def _policy_pin(args: argparse.Namespace) -> None:
 
 
 def _verified(
-    args: argparse.Namespace, path: Path, policy: Policy, *, quiet: bool = False, endorsements: bytes | None = None
+    args: argparse.Namespace, path: Path, policy: Policy, *, endorsements: bytes | None = None
 ) -> Verification:
     at, basis = (int(time.time()), TimeBasis.NOW) if args.at is None else (args.at, TimeBasis.ASSUMED)
     verified = verify_bundle(read_bundle(path), policy, at, time_basis=basis, endorsements=endorsements)
-    if not quiet:
-        if verified.verdict.simulated:
-            terminal.show_simulated()
-        terminal.show_checks(verified.checks, explain=getattr(args, "explain", False))
+    if verified.verdict.simulated:
+        terminal.show_simulated()
+    terminal.show_checks(verified.checks, explain=getattr(args, "explain", False))
     return verified
-
-
-def _one_line(text: object) -> str:
-    """For a line that a file's name or contents must not add another one to."""
-    return " ".join(terminal.printable(str(text)).split())
-
-
-def _rejects(err: CountermarkError) -> bool:
-    """Something was checked and is wrong; otherwise it could not be decided, which is the lesser exit code of two."""
-    return isinstance(err, VerificationError | FormatError)
-
-
-def _refusal(err: CountermarkError) -> dict[str, Any]:
-    word = "reject" if _rejects(err) else "undecidable"
-    return {
-        "verdict": word,
-        "verification": word,
-        "code": err.code,
-        "step": err.step,
-        "message": str(err),
-        "checks": [check.as_json() for check in err.checks],
-    }
 
 
 def _show_verdict(session: Session) -> None:

@@ -39,10 +39,11 @@ from countermark.formats.receipt import (
     Payload,
     Placed,
     Reply,
+    Signed,
     parse_receipt,
     thumbprint,
 )
-from countermark.formats.records import Intent, Leaf, Outcome
+from countermark.formats.records import Intent, Leaf, Outcome, Stack
 from countermark.tlog import merkle
 from countermark.tlog.checkpoint import ED25519, Checkpoint, LogKeys, verify_checkpoint
 
@@ -150,7 +151,7 @@ def verify_accepted(acceptance: Acceptance, verdict: Verdict, request: bytes) ->
     `request`: the exact bytes sent. Raises `FormatError`, `ReceiptError` (`receipt.*`), `WeightsError`
     (`receipt.weights_root`) or `LogError` (`log.*`); the error carries the checks made so far.
     """
-    steps = _begin(verdict)
+    steps = begin(verdict)
     intent, leaf, checkpoint = _verify_intent(steps, acceptance, verdict, request)
     return Accepted(
         verdict=verdict,
@@ -202,7 +203,7 @@ def verify_redacted(
     """
     if isinstance(acceptance, Acceptance) is (request is None):
         raise TypeError("request: expected it exactly with the acceptance that opens it")
-    steps = _begin(verdict)
+    steps = begin(verdict)
     intent, leaf, accepted_checkpoint = _verify_intent(steps, acceptance, verdict, request)
     committed = Committed(
         verdict=verdict,
@@ -257,7 +258,8 @@ class Steps:
         self._checks.append(Check(step=number, name=name, status=status, detail=detail))
 
 
-def _begin(verdict: Verdict) -> Steps:
+def begin(verdict: Verdict) -> Steps:
+    """Steps that follow those of the verdict."""
     _require_verdict(verdict)
     return Steps(verdict.checks)
 
@@ -270,15 +272,15 @@ def _verify_intent(
     with steps.step("12", "the request was committed to, on this connection's evidence", without=without) as detail:
         intent = records.parse_intent(acceptance.record)
         asked = None if request is None else parse_request(request)
-        _same("boot id", verdict.boot_id, intent.boot_id, "receipt.boot")
-        _same("quote digest", verdict.quote_digest, intent.quote_digest, "receipt.quote")
+        same("boot id", verdict.boot_id, intent.boot_id, "receipt.boot")
+        same("quote digest", verdict.quote_digest, intent.quote_digest, "receipt.quote")
         detail.append(f"request {intent.request_id.hex()}")
         if request is not None and asked is not None and isinstance(acceptance, Acceptance):
             _check_request(intent, asked, acceptance, request)
             detail.append(f"{len(acceptance.prompt_tokens)} prompt tokens")
     without = "" if request is not None else "the settings as asked"
     with steps.step("13", "appraised stack, settings as asked", without=without) as detail:
-        _check_stack(intent, verdict)
+        check_stack(intent.stack, verdict)
         sampling = intent.sampling
         detail.append(f"{intent.stack.model}, {intent.stack.profile}; temperature {sampling.temperature:g}")
         detail.append(f"seed {sampling.seed} ({sampling.seed_origin})")
@@ -286,9 +288,9 @@ def _verify_intent(
             check_settings(asked, intent)
             detail.append(f"{len(asked.settings)} settings as given or by default")
     with steps.step("14", "INTENT in the log before the first token") as detail:
-        checkpoint = _open_checkpoint(acceptance.checkpoint, verdict)
+        checkpoint = open_checkpoint(acceptance.checkpoint, verdict)
         leaf = records.leaf_for(intent, acceptance.record, acceptance.leaf_salt, acceptance.leaf_index)
-        hashed = _verify_leaf(leaf, acceptance.proof, checkpoint)
+        hashed = verify_leaf(leaf, acceptance.proof, checkpoint)
         if acceptance.leaf_index < verdict.claims.log_size:
             message = f"leaf index: expected at least the attested log size {verdict.claims.log_size}"
             raise LogError(f"{message}, got {acceptance.leaf_index}", code="log.stale")
@@ -303,13 +305,7 @@ def _verify_outcome(
     verdict = accepted.verdict
     with steps.step("15", "receipt signed by both attested keys") as detail:
         parsed = parse_receipt(receipt)
-        for i, (role, algorithm) in enumerate(zip(_SIGNER_ROLES, SIGNERS, strict=True)):
-            name = algorithm.name.lower()
-            if parsed.kids[i] != thumbprint(verdict.keys[role].cose):
-                raise ReceiptError(f"kid of {algorithm.name}: expected the attested key's", code="receipt.kid")
-            if not verdict.keys[role].verify(parsed.signatures[i], parsed.signed[i]):
-                raise ReceiptError(f"the {algorithm.name} signature does not verify", code=f"receipt.{name}")
-            detail.append(f"{algorithm.name} {parsed.kids[i].hex()[:16]}")
+        detail.extend(verify_signatures(parsed, verdict))
     payload = parsed.payload
     with steps.step("16", "the accepted INTENT and its OUTCOME"):
         outcome = _check_link(payload, accepted)
@@ -326,7 +322,7 @@ def _verify_outcome(
 
 
 def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request: bytes) -> None:
-    _same("nonce", asked.nonce, intent.nonce, "receipt.nonce")
+    same("nonce", asked.nonce, intent.nonce, "receipt.nonce")
     salts = records.parse_salts(acceptance.field_salts, records.INTENT_FIELDS)
     tokens = records.encode_tokens(acceptance.prompt_tokens)
     for name, value, code in (
@@ -334,18 +330,18 @@ def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request
         ("prompt", asked.prompt, "receipt.input"),
         ("prompt_tokens", tokens, "receipt.prompt_tokens"),
     ):
-        _same(name, records.field_commitment(name, salts[name], value), getattr(intent, name), code)
+        same(name, records.field_commitment(name, salts[name], value), getattr(intent, name), code)
 
 
-def _check_stack(intent: Intent, verdict: Verdict) -> None:
-    stack = intent.stack
+def check_stack(stack: Stack, verdict: Verdict) -> None:
+    """A record's stack is the appraised one. Raises `ReceiptError` (`receipt.*`), `WeightsError`."""
     if stack.platform != verdict.platform.value:
         raise ReceiptError(
             f"platform: expected {verdict.platform.value}, got {stack.platform}", code="receipt.platform"
         )
-    _same("weights root", verdict.weights_root, stack.weights_root, "receipt.weights_root", WeightsError)
-    _same("image id", verdict.image_id, stack.image_id, "receipt.image_id")
-    _same("config digest", verdict.claims.config, stack.config_digest, "receipt.config")
+    same("weights root", verdict.weights_root, stack.weights_root, "receipt.weights_root", WeightsError)
+    same("image id", verdict.image_id, stack.image_id, "receipt.image_id")
+    same("config digest", verdict.claims.config, stack.config_digest, "receipt.config")
     if stack.profile != verdict.profile:
         raise ReceiptError(f"profile: expected {verdict.profile}, got {stack.profile}", code="receipt.profile")
     promised = numerics.PROFILES.get(stack.profile)
@@ -353,7 +349,7 @@ def _check_stack(intent: Intent, verdict: Verdict) -> None:
         wanted = f"{', '.join(promised.claims)}, as {stack.profile} promises"
         message = f"claims: expected {wanted}, got {stack.claims!r:.100}"
         raise ReceiptError(message, code="receipt.profile")
-    _same("kernel digest", verdict.kernel_digest, stack.kernel_digest, "receipt.kernel_digest")
+    same("kernel digest", verdict.kernel_digest, stack.kernel_digest, "receipt.kernel_digest")
 
 
 def _check_link(payload: Payload, accepted: Committed) -> Outcome:
@@ -365,8 +361,8 @@ def _check_link(payload: Payload, accepted: Committed) -> Outcome:
     ):
         raise ReceiptError("intent: expected the one accepted before the first token", code="receipt.intent")
     outcome = records.parse_outcome(payload.outcome.record)
-    _same("boot id of the OUTCOME", accepted.intent.boot_id, outcome.boot_id, "receipt.boot")
-    _same("INTENT leaf", accepted.leaf, outcome.intent_leaf, "receipt.outcome")
+    same("boot id of the OUTCOME", accepted.intent.boot_id, outcome.boot_id, "receipt.boot")
+    same("INTENT leaf", accepted.leaf, outcome.intent_leaf, "receipt.outcome")
     if payload.outcome.index <= intent.index:
         raise ReceiptError("outcome: expected after its INTENT in the log", code="receipt.order")
     return outcome
@@ -381,7 +377,7 @@ def _check_answer(outcome: Outcome, answer: Answer | Reply | None, accepted: Com
     salts = {} if answer is None else records.parse_salts(answer.field_salts, tuple(values))
     for name, value in values.items():
         commitment = records.field_commitment(name, salts[name], value)
-        _same(name, commitment, getattr(outcome, name), f"receipt.{name}")
+        same(name, commitment, getattr(outcome, name), f"receipt.{name}")
     intent, acceptance = accepted.intent, accepted.acceptance
     counts = [(len(acceptance.prompt_tokens), outcome.prompt_count)] if isinstance(acceptance, Acceptance) else []
     if answer is not None:
@@ -420,17 +416,18 @@ def _check_end(outcome: Outcome, intent: Intent, answer: Reply | None) -> None:
 
 def _check_log(payload: Payload, outcome: Outcome, accepted: Committed) -> Checkpoint:
     verdict = accepted.verdict
-    checkpoint = _open_checkpoint(payload.checkpoint, verdict)
+    checkpoint = open_checkpoint(payload.checkpoint, verdict)
     for record, proven in ((accepted.intent, payload.intent), (outcome, payload.outcome)):
         leaf = records.leaf_for(record, proven.record, proven.salt, proven.index)
-        _verify_leaf(leaf, proven.proof, checkpoint)
+        verify_leaf(leaf, proven.proof, checkpoint)
     before = accepted.checkpoint
-    _verify_growth(before.size, before.root, checkpoint, payload.from_accepted)
-    _verify_growth(verdict.claims.log_size, verdict.claims.log_root, checkpoint, payload.from_attested)
+    verify_growth(before.size, before.root, checkpoint, payload.from_accepted)
+    verify_growth(verdict.claims.log_size, verdict.claims.log_root, checkpoint, payload.from_attested)
     return checkpoint
 
 
-def _verify_growth(size: int, root: bytes, checkpoint: Checkpoint, proof: tuple[bytes, ...]) -> None:
+def verify_growth(size: int, root: bytes, checkpoint: Checkpoint, proof: tuple[bytes, ...]) -> None:
+    """The log grew from a head to the checkpoint. Raises `LogError` (`log.*`)."""
     if size == 0:  # every log grows from the empty one
         if root != merkle.EMPTY_ROOT or proof:
             raise LogError("log head: expected the empty tree's root and no proof", code="log.consistency")
@@ -438,7 +435,8 @@ def _verify_growth(size: int, root: bytes, checkpoint: Checkpoint, proof: tuple[
     merkle.verify_consistency(size, checkpoint.size, root, checkpoint.root, proof)
 
 
-def _open_checkpoint(data: bytes, verdict: Verdict) -> Checkpoint:
+def open_checkpoint(data: bytes, verdict: Verdict) -> Checkpoint:
+    """A checkpoint under both attested log keys. Raises `FormatError`, `LogError` (`log.*`)."""
     roles = {kind: verdict.keys[role] for kind, role in ((ED25519, "log-ed25519"), (6, "log-ml-dsa-44"))}
     keys = LogKeys(ed25519=roles[ED25519].cose.public, ml_dsa_44=roles[6].cose.public)
 
@@ -448,13 +446,26 @@ def _open_checkpoint(data: bytes, verdict: Verdict) -> Checkpoint:
     return verify_checkpoint(data, verdict.log_origin, keys, verify)
 
 
-def _verify_leaf(leaf: Leaf, proof: tuple[bytes, ...], checkpoint: Checkpoint) -> bytes:
+def verify_leaf(leaf: Leaf, proof: tuple[bytes, ...], checkpoint: Checkpoint) -> bytes:
+    """The hash of a leaf that stands in the log. Raises `LogError` (`log.*`)."""
     hashed = records.leaf_digest(leaf)
     merkle.verify_inclusion(leaf.sequence, checkpoint.size, hashed, proof, checkpoint.root)
     return hashed
 
 
-def _same(what: str, expected: bytes, got: bytes, code: str, error: type[VerificationError] = ReceiptError) -> None:
+def verify_signatures(parsed: Signed, verdict: Verdict) -> Iterator[str]:
+    """Both signatures, each under its attested key; a few words about each. Raises `ReceiptError` (`receipt.*`)."""
+    for i, (role, algorithm) in enumerate(zip(_SIGNER_ROLES, SIGNERS, strict=True)):
+        if parsed.kids[i] != thumbprint(verdict.keys[role].cose):
+            raise ReceiptError(f"kid of {algorithm.name}: expected the attested key's", code="receipt.kid")
+        if not verdict.keys[role].verify(parsed.signatures[i], parsed.signed[i]):
+            name = algorithm.name.lower()
+            raise ReceiptError(f"the {algorithm.name} signature does not verify", code=f"receipt.{name}")
+        yield f"{algorithm.name} {parsed.kids[i].hex()[:16]}"
+
+
+def same(what: str, expected: bytes, got: bytes, code: str, error: type[VerificationError] = ReceiptError) -> None:
+    """Raises `error` with the code unless both are equal."""
     if not hmac.compare_digest(expected, got):
         raise error(f"{what}: expected {expected.hex()}, got {got.hex()}", code=code)
 

@@ -35,7 +35,7 @@ from countermark.errors import (
     Undecidable,
     WeightsError,
 )
-from countermark.formats.records import Stack
+from countermark.formats.records import Replay, Stack
 from countermark.numerics import refuse_retired, require_executable
 from countermark.receipt import CheckedReceipt
 from countermark.verify import Verification
@@ -62,8 +62,8 @@ class Runner(Protocol):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What this machine is: `kernel_digest` (hex), `engine`, `torch`, `cpu`, `backend`, `gpus`; `image_id` (hex)
-        only where the code runs inside a measured image."""
+        """What this machine is: `kernel_digest` (hex), `engine`, `torch`, `triton`, `cuda`, `driver` (empty without a
+        GPU), `cpu`, `backend`, `gpus`; `image_id` (hex) only where the code runs inside a measured image."""
 
     @property
     def artefact(self) -> Mapping[str, object]:
@@ -105,7 +105,9 @@ class Runner(Protocol):
 
 
 _ARTEFACT: Final = ("model", "quantisation", "manifest_digest", "tokenizer_digest", "chat_template_digest")
-_RECORDED: Final = ("kernel_digest", "engine", "torch", "cpu", "backend", "gpus", "image_id")
+_RECORDED: Final = (
+    *("kernel_digest", "engine", "torch", "triton", "cuda", "driver", "cpu", "backend", "gpus", "image_id"),
+)
 
 
 class Mode(StrEnum):
@@ -164,6 +166,15 @@ class ReplayResult:
         return self.divergence is None
 
     @property
+    def differing(self) -> Mapping[str, tuple[str, str | None]]:
+        """Of the environment, what was recorded and what is so here, where the two differ; None: not known here."""
+        return {
+            name: (value, self.local.get(name))
+            for name, value in self.recorded.items()
+            if self.local.get(name) != value
+        }
+
+    @property
     def difference(self) -> ReplayDiverged | None:
         """What `require_identical` would raise."""
         if (at := self.divergence) is None:
@@ -175,6 +186,8 @@ class ReplayResult:
             Part.END: f"token {at.position}: expected the recorded end, got another one",
             Part.TEXT: f"text: expected what the tokens spell, got another character at {at.position}",
         }
+        if at.part is Part.OUTPUT and at.logit_gap is not None:
+            messages[Part.OUTPUT] += f", whose logit is {at.logit_gap:g} above"
         if at.part is Part.OUTPUT and at.recorded_token == at.local_token:
             messages[Part.OUTPUT] = f"token {at.position}: same token, other logits (fingerprints differ)"
         return ReplayDiverged(messages[at.part], code=f"replay.{at.part.value}")
@@ -194,6 +207,7 @@ class ReplayResult:
             "positions": self.positions,
             "equivalence": self.equivalence.value,
             "divergence": None if self.divergence is None else asdict(self.divergence),
+            "differing": {name: list(pair) for name, pair in self.differing.items()},
             "recorded": dict(self.recorded),
             "local": dict(self.local),
         }
@@ -283,7 +297,7 @@ def _runnable_on(receipt: CheckedReceipt, runner: Runner) -> Mapping[str, str]:
         raise Undecidable(message, code="replay.profile")
     if runner.weights_root != stack.weights_root:
         message = f"weights root: expected {stack.weights_root.hex()}, got {runner.weights_root.hex()}"
-        raise WeightsError(message, code="replay.weights_root")
+        raise Undecidable(message, code="replay.weights_root")
     local = dict(runner.environment)
     if "hardware" not in stack.claims and not _same_stack(stack, local):
         message = f"profile {stack.profile}: promises the same bits on the same stack only, and this is another"
@@ -305,6 +319,25 @@ def _result(
         mode=mode,
         profile=stack.profile,
         positions=len(receipt.answer.tokens),
+        equivalence=Equivalence.SAME_STACK if _same_stack(stack, local) else Equivalence.SAME_PROFILE,
+        divergence=divergence,
+        recorded=_recorded(stack),
+        local=local,
+    )
+
+
+def result_on_node(receipt: CheckedReceipt, record: Replay) -> ReplayResult:
+    """What a REPLAY says of an answer. The caller has checked that it is about this one, and who says so."""
+    stack, found = receipt.intent.stack, record.divergence
+    local = _recorded(record.stack)
+    divergence = None
+    if found is not None:
+        values = {item.name: getattr(found, item.name) for item in fields(found)}
+        divergence = Divergence(**{**values, "part": Part(found.part)})
+    return ReplayResult(
+        mode=Mode(record.mode),
+        profile=stack.profile,
+        positions=record.positions,
         equivalence=Equivalence.SAME_STACK if _same_stack(stack, local) else Equivalence.SAME_PROFILE,
         divergence=divergence,
         recorded=_recorded(stack),
@@ -365,6 +398,9 @@ def _recorded(stack: Stack) -> dict[str, str]:
         "kernel_digest": stack.kernel_digest.hex(),
         "engine": stack.engine,
         "torch": stack.torch,
+        "triton": stack.triton or "",
+        "cuda": stack.cuda or "",
+        "driver": stack.driver or "",
         "cpu": stack.cpu,
         "backend": stack.backend,
         "gpus": ", ".join(stack.gpus),

@@ -32,12 +32,16 @@ from countermark.errors import (
     LogError,
     RequestError,
     Unavailable,
+    Undecidable,
     VerificationError,
+    WeightsError,
 )
 from countermark.formats.evidence import encode_evidence, parse_evidence
 from countermark.formats.receipt import Answer as Streamed
+from countermark.formats.receipt import encode_acceptance, encode_answer
 from countermark.policy import Policy
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
+from countermark.replayed import NodeReplay, require_able, verify_replay
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark.witness import Witnessed, verify_witnessed
@@ -45,6 +49,12 @@ from countermark.witness import Witnessed, verify_witnessed
 MAX_TEXT_CHARACTERS: Final = 16 * 1024 * 1024
 _SAID: Final = 300
 _READ_S: Final = 30.0
+_BY_CODE: Final[Mapping[str, type[CountermarkError]]] = {
+    "replay.profile": Undecidable,
+    "replay.weights_root": Undecidable,
+    "replay.redacted": Undecidable,
+    "replay.artefact": WeightsError,
+}
 _CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.FAILED_PRECONDITION: ChannelError,
@@ -177,6 +187,7 @@ class Session:
         self._channel = channel
         self._closed = False
         self._generate = channel.grpc_channel.unary_stream(codec.GENERATE, None, None)
+        self._replay = channel.grpc_channel.unary_unary(codec.REPLAY, None, None)
 
     @property
     def is_over(self) -> bool:
@@ -249,6 +260,39 @@ class Session:
         except ValueError as err:
             raise _closed() from err
         return answer
+
+    def replay(self, answer: CheckedReceipt, *, timeout_s: float | None = None) -> NodeReplay:
+        """Have this node run a verified answer again, prompt and output included; its REPLAY, checked.
+
+        Raises `Undecidable` (`replay.profile`, `replay.weights_root`: it cannot, and is sent nothing), `Unavailable`,
+        `RequestError`, `WeightsError` (`replay.artefact`), and what `verify_replay` raises.
+        """
+        require_able(self.verdict, answer)
+        nonce = secrets.token_bytes(codec.NONCE_BYTES)
+        request = pb.ReplayRequest(
+            nonce=nonce,
+            request=answer.accepted.request,
+            accepted=encode_acceptance(answer.accepted.acceptance),
+            answer=encode_answer(answer.answer),
+            receipt=answer.receipt,
+        ).SerializeToString()
+        codec.parse_replay_request(request)
+        if self._channel.is_over or self._closed:
+            raise self._channel.failure() or _closed()
+        try:
+            data = self._replay(request, timeout=timeout_s)
+            receipt = pb.ReplayResponse.FromString(data).receipt
+            return verify_replay(receipt, self.verdict, nonce=nonce, answer=answer)
+        except grpc.RpcError as err:
+            raise _translated(err, self._channel) from err
+        except ValueError as err:  # grpcio's word for a channel that another thread has just closed
+            raise _closed() from err
+        except DecodeError as err:
+            self.close()
+            raise FormatError("replay: expected ReplayResponse", code="replay.malformed") from err
+        except (FormatError, VerificationError):
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the connection. Idempotent."""
@@ -414,7 +458,7 @@ def _translated(err: grpc.RpcError, channel: Channel) -> CountermarkError:
     wait_s = int(retry) / 1000 if retry.isascii() and retry.isdigit() and len(retry) < 9 else None
     if wait_s is not None:
         said += f" (retry after {wait_s:g} s)"
-    kind = _CLASSES.get(status, Unavailable)
+    kind = _BY_CODE.get(code, _CLASSES.get(status, Unavailable))
     if kind is Unavailable:
         return Unavailable(f"server: {said}", code=code, retry_after_s=wait_s)
     return kind(f"server: {said}", code=code)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from countermark import cli
+from countermark import cli, replay_cli
 from countermark import replay as module
 from countermark.bundle import encode_bundle
 from countermark.errors import CountermarkError, FormatError, ReplayDiverged, Undecidable, WeightsError
@@ -137,13 +137,21 @@ def test_the_same_stack_is_said_only_inside_the_measured_image(verified: Verific
         "kernel_digest": KERNELS.hex(),
         "engine": stack.engine,
         "torch": stack.torch,
+        **dict.fromkeys(("triton", "cuda", "driver"), ""),
         "cpu": stack.cpu,
         "backend": stack.backend,
         "gpus": ", ".join(stack.gpus),
     }
-    assert replay(verified, runner).equivalence is Equivalence.SAME_PROFILE
+    result = replay(verified, runner)
+    assert result.equivalence is Equivalence.SAME_PROFILE
+    assert result.differing == {"image_id": (stack.image_id.hex(), None)}
     runner.environment["image_id"] = stack.image_id.hex()
     assert replay(verified, runner).equivalence is Equivalence.SAME_STACK
+    assert not replay(verified, runner).differing
+    runner.environment["driver"] = "580.1"
+    result = replay(verified, runner)
+    assert result.equivalence is Equivalence.SAME_PROFILE
+    assert result.as_json()["differing"] == {"driver": ["", "580.1"]}
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -223,7 +231,7 @@ def test_a_record_that_misdescribes_its_weights(verified: Verification) -> None:
 def test_other_weights_and_other_profiles_are_not_run(verified: Verification) -> None:
     runner = Memory()
     runner.weights_root = bytes(32)
-    with pytest.raises(WeightsError) as weights:
+    with pytest.raises(Undecidable) as weights:
         replay(verified, runner)
     assert weights.value.code == "replay.weights_root"
     runner = Memory()
@@ -260,7 +268,7 @@ def test_many_are_what_each_is_alone(world: World, verified: Verification, mode:
     assert dict(replay_many([], runner, mode)) == {}
     runner.weights_root = bytes(32)
     refused = dict(replay_many([verified, verified], runner, mode))
-    assert [type(refused[i]) for i in (0, 1)] == [WeightsError, WeightsError]
+    assert [type(refused[i]) for i in (0, 1)] == [Undecidable, Undecidable]
 
 
 def test_what_the_runner_refuses_is_that_answers_own_result(verified: Verification) -> None:
@@ -289,7 +297,7 @@ def files(world: World, tmp_path: Path) -> Path:
 
 
 def replay_files(files: Path, *names: str, runner: Memory, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(cli, "load_runner", lambda _profile, _weights, _device: runner)
+    monkeypatch.setattr(replay_cli, "load_runner", lambda _profile, _weights, _device: runner)
     options = ["--policy", str(files / "policy.toml"), "--weights", str(files), "--at", "2027-01-15T08:00:00Z"]
     paths = [name if name.startswith("--") else str(files / name) for name in names]
     return cli.main(["replay", *paths, *options])
@@ -304,11 +312,11 @@ def test_several_bundles_on_the_command_line(
     assert seen.out.splitlines() == [
         f"{files / 'same.cmk'}: identical (same profile on other hardware)",
         f"{files / 'good.cmk'}: identical (same profile on other hardware)",
-        "2 bundles: 2 identical, 0 diverged, 0 refused, 0 undecided",
+        "2 bundles: 2 identical, 0 diverged, 0 refused, 0 undecidable",
     ]
     assert "SIMULATED" in seen.err
     assert replay_files(files, "good.cmk", "same.cmk", "none.cmk", runner=runner, monkeypatch=monkeypatch) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "3 bundles: 2 identical, 0 diverged, 0 refused, 1 undecided"
+    assert capsys.readouterr().out.splitlines()[-1] == "3 bundles: 2 identical, 0 diverged, 0 refused, 1 undecidable"
 
 
 def test_the_worst_of_several_is_the_exit_code(
@@ -323,11 +331,11 @@ def test_the_worst_of_several_is_the_exit_code(
     assert {name: item["replay"] for name, item in by_name.items()} == {
         "forged.cmk": "refused",
         "good.cmk": "identical",
-        "none.cmk": "undecided",
+        "none.cmk": "undecidable",
     }
     assert by_name["forged.cmk"]["code"] == "receipt.output_text"
     assert by_name["good.cmk"]["simulated"] is True
-    assert last == {"summary": {"bundles": 3, "identical": 1, "diverged": 0, "refused": 1, "undecided": 1}}
+    assert last == {"summary": {"bundles": 3, "identical": 1, "diverged": 0, "refused": 1, "undecidable": 1}}
     assert runner.given[1] == OUTPUT_TOKENS
 
     other = Memory(tokens=(12, 6, 2))
@@ -363,13 +371,61 @@ def test_a_runner_that_leaves_one_out(verified: Verification, monkeypatch: pytes
 def test_one_bundle_prints_one_object(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert replay_files(files, "good.cmk", "--json", runner=Memory(), monkeypatch=monkeypatch) == 0
-    assert json.loads(capsys.readouterr().out)["replay"] == "identical"
+    """The object that stands in a line of several."""
     runner = Memory(tokens=(12, 6, 2))
-    assert replay_files(files, "good.cmk", "--json", runner=runner, monkeypatch=monkeypatch) == 30
-    assert json.loads(capsys.readouterr().out)["replay"] == "diverged"
-    assert replay_files(files, "forged.cmk", "--json", runner=runner, monkeypatch=monkeypatch) == 20
-    assert json.loads(capsys.readouterr().out)["code"] == "receipt.output_text"
+    for name, one, code, word in (
+        ("good.cmk", Memory(), 0, "identical"),
+        ("good.cmk", runner, 30, "diverged"),
+        ("forged.cmk", runner, 20, "refused"),
+        ("none.cmk", runner, 1, "undecidable"),
+    ):
+        assert replay_files(files, name, "--json", runner=one, monkeypatch=monkeypatch) == code
+        found = json.loads(capsys.readouterr().out)
+        assert found["replay"] == word
+        assert found["bundle"] == str(files / name)
+        assert replay_files(files, name, name, "--json", runner=one, monkeypatch=monkeypatch) == code
+        assert json.loads(capsys.readouterr().out.splitlines()[0]) == found
+
+
+def test_a_divergence_says_where_it_was_and_what_differs_around_it(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert replay_files(files, "good.cmk", runner=Memory(tokens=(12, 6, 2)), monkeypatch=monkeypatch) == 30
+    seen = capsys.readouterr()
+    assert "diverged (replay.diverged): token 1: expected 5, as recorded, got 6, whose logit is" in seen.out
+    assert "cpu: recorded test cpu, where it ran another" in seen.err
+    assert "image_id: recorded" in seen.err and "not known" in seen.err
+
+
+def test_other_or_broken_weights_decide_nothing(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Memory()
+    other.weights_root = bytes(32)
+    assert replay_files(files, "good.cmk", "--json", runner=other, monkeypatch=monkeypatch) == 40
+    found = json.loads(capsys.readouterr().out)
+    assert (found["replay"], found["code"]) == ("undecidable", "replay.weights_root")
+
+    def broken(*_: object) -> Memory:
+        raise WeightsError("weights: a block differs", code="weights.block")
+
+    monkeypatch.setattr(replay_cli, "load_runner", broken)
+    options = ["--policy", str(files / "policy.toml"), "--weights", str(files), "--at", "2027-01-15T08:00:00Z"]
+    assert cli.main(["replay", str(files / "good.cmk"), "--json", *options]) == 40
+    found = json.loads(capsys.readouterr().out)
+    assert (found["replay"], found["code"]) == ("undecidable", "weights.block")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--node", "127.0.0.1:1", "--mode", "audit"),
+        ("--node", "127.0.0.1:1", "--device", "cpu"),
+        ("--weights", ".", "--receipt", "x"),
+    ],
+)
+def test_options_that_do_not_go_together(files: Path, options: tuple[str, ...]) -> None:
+    assert cli.main(["replay", str(files / "good.cmk"), "--policy", str(files / "policy.toml"), *options]) == 1
 
 
 def test_nothing_unverified_is_replayed(world: World) -> None:

@@ -304,6 +304,8 @@ def test_exit_codes() -> None:
         ("OUTCOME", records.Outcome),
         ("ABORT", records.Abort),
         ("CRASHED", records.Crashed),
+        ("REPLAY", records.Replay),
+        ("Divergence", records.Divergence),
         ("Stack", records.Stack),
         ("Sampling", records.Sampling),
         ("Previous", records.Previous),
@@ -326,7 +328,8 @@ def test_anchors() -> None:
 
 
 def test_record_tables_name_what_may_be_null_and_the_choices() -> None:
-    for heading, cls in (("EPOCH", records.Epoch), ("INTENT", records.Intent), ("OUTCOME", records.Outcome)):
+    of = {"EPOCH": records.Epoch, "INTENT": records.Intent, "OUTCOME": records.Outcome, "REPLAY": records.Replay}
+    for heading, cls in of.items():
         kinds = {row[0].strip("`"): row[1] for row in rows(section(heading))[1:]}
         assert {name for name, kind in kinds.items() if "null" in kind} == {
             field.name for field in fields(cls) if "None" in str(field.type)
@@ -334,6 +337,8 @@ def test_record_tables_name_what_may_be_null_and_the_choices() -> None:
     for names, heading in (
         (records.FINISH_REASONS, "OUTCOME"),
         (records.ABORT_REASONS, "ABORT"),
+        (records.REPLAY_MODES + records.REPLAY_RESULTS, "REPLAY"),
+        (records.REPLAY_PARTS, "Divergence"),
         ((records.EXACT_TIER, *records.EXACT_CLAIMS), "Stack"),
     ):
         assert all(f"`{name}`" in section(heading) for name in names)

@@ -279,7 +279,7 @@ def test_a_stray_exception_anywhere_before_the_record_is_an_answer(
         raise MemoryError
 
     with appliance.connect() as session:
-        for at in ("_engine_request", "Request", "Message"):
+        for at in ("engine_request", "Request", "Message"):
             with monkeypatch.context() as patch:
                 patch.setattr(f"countermark_appliance.generation.{at}", broken)
                 with pytest.raises(Unavailable) as caught:

@@ -64,4 +64,4 @@ def test_codec_names_the_services() -> None:
     assert services["Countermark"].full_name == codec.SERVICE
     assert services["Log"].full_name == codec.LOG_SERVICE
     methods = {f"/{codec.SERVICE}/{method.name}" for method in services["Countermark"].methods}
-    assert methods == {codec.ATTEST, codec.GET_EVIDENCE, codec.GENERATE}
+    assert methods == {codec.ATTEST, codec.GET_EVIDENCE, codec.GENERATE, codec.REPLAY}

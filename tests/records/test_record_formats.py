@@ -13,7 +13,18 @@ from record_values import SAMPLING, STACK, ZERO
 
 from countermark.errors import FormatError
 from countermark.formats import records
-from countermark.formats.records import Abort, Crashed, Epoch, Intent, Kind, Leaf, Outcome, Previous
+from countermark.formats.records import (
+    Abort,
+    Crashed,
+    Divergence,
+    Epoch,
+    Intent,
+    Kind,
+    Leaf,
+    Outcome,
+    Previous,
+    Replay,
+)
 
 INTENT = Intent(
     boot_id=ZERO,
@@ -60,7 +71,24 @@ EPOCH = Epoch(
 )
 ABORT = Abort(boot_id=ZERO, intent_leaf=ZERO, reason="cancelled", tokens_sent=1, ended_us=1)
 CRASHED = Crashed(boot_id=ZERO, previous_boot_id=ZERO, intent_leaf=ZERO)
-ALL = (EPOCH, replace(EPOCH, previous=None), INTENT, OUTCOME, ABORT, CRASHED)
+DIVERGENCE = Divergence(
+    part="diverged", position=3, recorded_token=7, local_token=None, fingerprint_equal=False, logit_gap=0.5
+)
+REPLAY = Replay(
+    boot_id=ZERO,
+    nonce=ZERO,
+    quote_digest=ZERO,
+    receipt_digest=ZERO,
+    mode="regenerate",
+    result="diverged",
+    positions=9,
+    divergence=DIVERGENCE,
+    stack=STACK,
+    started_us=1,
+    ended_us=2,
+)
+IDENTICAL = replace(REPLAY, result="identical", divergence=None)
+ALL = (EPOCH, replace(EPOCH, previous=None), INTENT, OUTCOME, ABORT, CRASHED, REPLAY, IDENTICAL)
 WRONG = {
     "bytes": [b"short", bytes(33), "text", None, 1],
     "int": [-1, 2**64, 1.0, True, "1", None],
@@ -80,13 +108,23 @@ def test_records_round_trip(record: records.Record) -> None:
     assert cbor2.loads(data)["type"] == records.kind_of(record).value
 
 
+def test_a_replay_has_a_divergence_exactly_when_it_diverged() -> None:
+    for record in (REPLAY, IDENTICAL):
+        assert records.parse_replay(records.encode_record(record)) == record
+    for record in (replace(REPLAY, divergence=None), replace(IDENTICAL, divergence=DIVERGENCE)):
+        with pytest.raises(FormatError) as err:
+            records.parse_replay(records.encode_record(record))
+        assert err.value.code == "record.field"
+
+
 @pytest.mark.parametrize("record", ALL)
 def test_every_field_is_typed(record: records.Record) -> None:
     kind = records.kind_of(record)
     whole = cbor2.loads(records.encode_record(record))
     tried = 0
     parts = [((), record)]
-    parts += [((name,), value) for name, value in (("stack", STACK), ("sampling", SAMPLING)) if name in whole]
+    inner = {"stack": STACK, "sampling": SAMPLING, "divergence": DIVERGENCE}
+    parts += [((name,), value) for name, value in inner.items() if whole.get(name) is not None]
     for path, part in parts:
         for item in fields(part):  # type: ignore[arg-type]
             annotation = str(item.type)
@@ -132,6 +170,9 @@ def encoded(value: object) -> bytes:
         (INTENT, {"sampling": replace(SAMPLING, logit_bias=((9, 0.5), (3, 0.5)))}),
         (INTENT, {"stack": replace(STACK, platform="magic")}),
         (INTENT, {"max_tokens": True}),
+        (REPLAY, {"mode": "guess"}),
+        (REPLAY, {"result": "undecidable"}),
+        (REPLAY, {"divergence": replace(DIVERGENCE, part="elsewhere")}),
     ],
 )
 def test_encoding_refuses_what_parsing_would(record: records.Record, change: dict[str, object]) -> None:

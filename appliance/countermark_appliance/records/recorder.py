@@ -19,8 +19,20 @@ from pathlib import Path
 
 from countermark.errors import ConfigError, LogError, Unavailable
 from countermark.formats import records
-from countermark.formats.receipt import Acceptance, Payload, Proven
-from countermark.formats.records import Abort, Crashed, Epoch, Intent, Outcome, Previous, Record, Sampling, Stack
+from countermark.formats.receipt import Acceptance, Payload, Proven, ReplayPayload
+from countermark.formats.records import (
+    Abort,
+    Crashed,
+    Divergence,
+    Epoch,
+    Intent,
+    Outcome,
+    Previous,
+    Record,
+    Replay,
+    Sampling,
+    Stack,
+)
 from countermark.formats.witnessed import Sidecar
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.records.journal import FULL, sync_directory
@@ -278,6 +290,44 @@ class Recorder:
                 checkpoint=completed.checkpoint,
                 from_attested=self._store.consistency(committed.attested_size, size),
                 from_accepted=self._store.consistency(committed.size, size),
+            )
+        )
+
+    def commit_replay(
+        self,
+        *,
+        nonce: bytes,
+        quote_digest: bytes,
+        attested_size: int,
+        receipt_digest: bytes,
+        mode: str,
+        positions: int,
+        divergence: Divergence | None,
+        started_us: int,
+    ) -> bytes:
+        """Commit to what came of running an answer again; the signed receipt of that. `receipt_digest`: SHA-256 of the
+        answer's own receipt. Raises as `commit_intent`."""
+        replay = Replay(
+            boot_id=self.epoch.boot_id,
+            nonce=nonce,
+            quote_digest=quote_digest,
+            receipt_digest=receipt_digest,
+            mode=mode,
+            result="identical" if divergence is None else "diverged",
+            positions=positions,
+            divergence=divergence,
+            stack=self.epoch.stack,
+            started_us=started_us,
+            ended_us=_now_us(),
+        )
+        record, salt = records.encode_record(replay), secrets.token_bytes(32)
+        appended = self._store.append([_build(replay, salt, record)], new=True)
+        index, size = appended.index, appended.size
+        return self._signer.sign_replay(
+            ReplayPayload(
+                replay=Proven(record=record, salt=salt, index=index, proof=self._store.inclusion(index, size)),
+                checkpoint=appended.checkpoint,
+                from_attested=self._store.consistency(attested_size, size),
             )
         )
 

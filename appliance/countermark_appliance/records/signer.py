@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from countermark.formats.receipt import Payload, encode_payload, encode_receipt, thumbprint, to_be_signed
+from countermark.formats.receipt import (
+    ANSWER,
+    REPLAY,
+    Form,
+    Payload,
+    ReplayPayload,
+    encode_payload,
+    encode_receipt,
+    encode_replay_payload,
+    thumbprint,
+    to_be_signed,
+)
 from countermark.logkeys import sign_checkpoint
 from countermark.tlog.checkpoint import Checkpoint
 from countermark_appliance.platform.keyring import Keyring, cose_public_key, sign_es256
@@ -30,7 +41,13 @@ class Signer:
 
     def sign_receipt(self, payload: Payload) -> bytes:
         """The COSE_Sign receipt."""
-        data = encode_payload(payload)
-        first, second = to_be_signed(data, self._kids)
+        return self._sign(encode_payload(payload), ANSWER)
+
+    def sign_replay(self, payload: ReplayPayload) -> bytes:
+        """The COSE_Sign receipt of a replay."""
+        return self._sign(encode_replay_payload(payload), REPLAY)
+
+    def _sign(self, data: bytes, form: Form) -> bytes:
+        first, second = to_be_signed(data, self._kids, form)
         signatures = (sign_es256(self._keyring.receipt_es256, first), self._keyring.receipt_ml_dsa_65.sign(second))
-        return encode_receipt(data, self._kids, signatures)
+        return encode_receipt(data, self._kids, signatures, form)

@@ -10,6 +10,8 @@ Redacted, a message has null where a value was left out, and no salt of what was
 checkable. Without its prompt an Acceptance is `Placed`, and an Answer is a `Reply`, since fingerprints follow from the
 prompt; without its output an answer is None. Anything between is no format of ours.
 
+The receipt of a REPLAY has the same form under a content type and an external_aad of its own.
+
 Not checked here: the signatures and every statement in the payload; `countermark.receipt` does that.
 """
 
@@ -30,6 +32,8 @@ from countermark.tlog.merkle import HASH_BYTES, MAX_PROOF
 
 EXTERNAL_AAD = b"countermark/receipt/v1"
 CONTENT_TYPE = "application/vnd.countermark.receipt+cbor"
+REPLAY_AAD = b"countermark/replay/v1"
+REPLAY_CONTENT_TYPE = "application/vnd.countermark.replay+cbor"
 SIGNERS = (Algorithm.ES256, Algorithm.ML_DSA_65)
 SIGNATURE_BYTES = {Algorithm.ES256: 64, Algorithm.ML_DSA_65: 3309}
 KID_BYTES = 32
@@ -65,13 +69,47 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
-    """A parsed receipt: `signed[i]` is what `signatures[i]` of algorithm `SIGNERS[i]` covers."""
+class ReplayPayload:
+    """What the receipt of a replay says. The consistency proof ends at `checkpoint`."""
 
-    payload: Payload
+    replay: Proven
+    checkpoint: bytes
+    from_attested: tuple[bytes, ...]  # from the log head in the connection's Attest quote
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signed:
+    """A parsed COSE_Sign of ours: `signed[i]` is what `signatures[i]` of algorithm `SIGNERS[i]` covers."""
+
     kids: tuple[bytes, bytes]
     signatures: tuple[bytes, bytes]
     signed: tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt(Signed):
+    """A parsed receipt."""
+
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayReceipt(Signed):
+    """A parsed receipt of a replay."""
+
+    payload: ReplayPayload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Which of our two receipts a COSE_Sign is: neither passes for the other."""
+
+    content_type: str
+    external_aad: bytes
+
+
+ANSWER = Form(content_type=CONTENT_TYPE, external_aad=EXTERNAL_AAD)
+REPLAY = Form(content_type=REPLAY_CONTENT_TYPE, external_aad=REPLAY_AAD)
 
 
 class Redaction(StrEnum):
@@ -124,10 +162,10 @@ def thumbprint(key: CoseKey) -> bytes:
     return hashlib.sha256(cbor.encode(required)).digest()
 
 
-def to_be_signed(payload: bytes, kids: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+def to_be_signed(payload: bytes, kids: tuple[bytes, bytes], form: Form = ANSWER) -> tuple[bytes, bytes]:
     """The Sig_structure of each signer, in order."""
-    body, signers = _protected(kids)
-    first, second = (cbor.encode(["Signature", body, signer, EXTERNAL_AAD, payload]) for signer in signers)
+    body, signers = _protected(kids, form)
+    first, second = (cbor.encode(["Signature", body, signer, form.external_aad, payload]) for signer in signers)
     return first, second
 
 
@@ -145,9 +183,23 @@ def encode_payload(payload: Payload) -> bytes:
     )
 
 
-def encode_receipt(payload: bytes, kids: tuple[bytes, bytes], signatures: tuple[bytes, bytes]) -> bytes:
+def encode_replay_payload(payload: ReplayPayload) -> bytes:
+    """Deterministic CBOR of the payload."""
+    return cbor.encode(
+        {
+            "v": VERSION,
+            "replay": _proven_map(payload.replay),
+            "checkpoint": payload.checkpoint,
+            "from_attested": payload.from_attested,
+        }
+    )
+
+
+def encode_receipt(
+    payload: bytes, kids: tuple[bytes, bytes], signatures: tuple[bytes, bytes], form: Form = ANSWER
+) -> bytes:
     """The tagged COSE_Sign."""
-    body, signers = _protected(kids)
+    body, signers = _protected(kids, form)
     blocks = [[signer, {}, signature] for signer, signature in zip(signers, signatures, strict=True)]
     return _COSE_SIGN + cbor.encode([body, {}, payload, blocks])
 
@@ -158,6 +210,20 @@ def parse_receipt(data: bytes) -> Receipt:
     Raises `FormatError`: `cbor.*`, `receipt.form`, `receipt.signers` (not exactly our two, in order), `receipt.header`,
     `receipt.signature_form` (length or range), `receipt.high_s`, `receipt.field`.
     """
+    payload, parts = _open(data, ANSWER)
+    return Receipt(payload=_payload(payload), kids=parts.kids, signatures=parts.signatures, signed=parts.signed)
+
+
+def parse_replay_receipt(data: bytes) -> ReplayReceipt:
+    """Parse the receipt of a replay. Raises as `parse_receipt`."""
+    payload, parts = _open(data, REPLAY)
+    return ReplayReceipt(
+        payload=_replay_payload(payload), kids=parts.kids, signatures=parts.signatures, signed=parts.signed
+    )
+
+
+def _open(data: bytes, form: Form) -> tuple[bytes, Signed]:
+    """The payload's bytes, and who signed what."""
     if data[:2] != _COSE_SIGN:
         raise FormatError("receipt: expected a COSE_Sign (tag 98)", code="receipt.form")
     body = _typed_list(cbor.decode(data[2:], max_bytes=MAX_RECEIPT_BYTES), bytes, dict, bytes, list)
@@ -168,15 +234,11 @@ def parse_receipt(data: bytes) -> Receipt:
         raise FormatError(f"receipt: expected {len(SIGNERS)} signatures, got {len(blocks)}", code="receipt.signers")
     first, second = (_signer(block[0], algorithm, block[2]) for block, algorithm in zip(blocks, SIGNERS, strict=True))
     kids, payload = (first, second), body[2]
-    if body[0] != _protected(kids)[0]:
+    if body[0] != _protected(kids, form)[0]:
         raise FormatError("receipt: expected our protected header, requiring both signers", code="receipt.header")
     _check_low_s(blocks[0][2])
-    return Receipt(
-        payload=_payload(payload),
-        kids=kids,
-        signatures=(blocks[0][2], blocks[1][2]),
-        signed=to_be_signed(payload, kids),
-    )
+    signed = to_be_signed(payload, kids, form)
+    return payload, Signed(kids=kids, signatures=(blocks[0][2], blocks[1][2]), signed=signed)
 
 
 def encode_acceptance(value: Placed) -> bytes:
@@ -284,9 +346,9 @@ def _left_out(value: dict[str, Any], what: str, *names: str) -> bool:
     return bool(absent)
 
 
-def _protected(kids: Sequence[bytes]) -> tuple[bytes, tuple[bytes, ...]]:
+def _protected(kids: Sequence[bytes], form: Form) -> tuple[bytes, tuple[bytes, ...]]:
     pairs = [(algorithm.value, kid) for algorithm, kid in zip(SIGNERS, kids, strict=True)]
-    body = {_CRIT: [_REQUIRED], _CONTENT_TYPE: CONTENT_TYPE, _REQUIRED: pairs}
+    body = {_CRIT: [_REQUIRED], _CONTENT_TYPE: form.content_type, _REQUIRED: pairs}
     return cbor.encode(body), tuple(cbor.encode({_ALG: algorithm, _KID: kid}) for algorithm, kid in pairs)
 
 
@@ -330,6 +392,23 @@ def _payload(data: bytes) -> Payload:
         checkpoint=value["checkpoint"],
         from_attested=_hashes(value["from_attested"], "receipt"),
         from_accepted=_hashes(value["from_accepted"], "receipt"),
+    )
+
+
+def _replay_payload(data: bytes) -> ReplayPayload:
+    value = cbor.fields(
+        cbor.decode(data, max_bytes=MAX_RECEIPT_BYTES),
+        "receipt",
+        v=int,
+        replay=dict,
+        checkpoint=bytes,
+        from_attested=list,
+    )
+    _check_version(value, "receipt")
+    return ReplayPayload(
+        replay=_proven(value["replay"]),
+        checkpoint=value["checkpoint"],
+        from_attested=_hashes(value["from_attested"], "receipt"),
     )
 
 

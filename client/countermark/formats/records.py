@@ -10,6 +10,7 @@ Every value is the one that applied, after defaults are resolved. Not checked he
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ OUTCOME_FIELDS = ("fingerprints", "output_text", "output_tokens")
 FINISH_REASONS = ("stop", "eos", "length")
 EXACT_TIER = "exact"
 EXACT_CLAIMS = ("run", "batch", "chunking", "prefill-is-decode", "hardware")  # what no bit of an answer depends on
+REPLAY_MODES = ("audit", "regenerate")
+REPLAY_RESULTS = ("identical", "diverged")
+REPLAY_PARTS = ("prompt_tokens", "diverged", "finish_reason", "text")
 ABORT_REASONS = ("cancelled", "deadline", "error", "shutdown")
 
 
@@ -43,6 +47,7 @@ class Kind(Enum):
     OUTCOME = "outcome"
     ABORT = "abort"
     CRASHED = "crashed"
+    REPLAY = "replay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,23 +192,61 @@ class Crashed:
     intent_leaf: bytes
 
 
-Record = Epoch | Intent | Outcome | Abort | Crashed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Where an answer that was run again first differs. `position`: of the token (of the prompt or the output), or of
+    the character of the text. A token is None where one side had ended and where the part has none; the gap is the raw
+    logit of the local token minus that of the recorded one, None where it is not known."""
+
+    part: str
+    position: int
+    recorded_token: int | None
+    local_token: int | None
+    fingerprint_equal: bool
+    logit_gap: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """An answer, often of another node, that this one has run again."""
+
+    boot_id: bytes
+    nonce: bytes  # the client's, fresh for each request
+    quote_digest: bytes  # of the connection's Attest quote (header + body)
+    receipt_digest: bytes  # SHA-256 of the receipt of the answer
+    mode: str
+    result: str
+    positions: int  # output tokens recorded
+    divergence: Divergence | None  # None exactly when the result is identical
+    stack: Stack  # of this node: where it ran
+    started_us: int  # TD time, UTC
+    ended_us: int
+
+
+Record = Epoch | Intent | Outcome | Abort | Crashed | Replay
 _KINDS: dict[Kind, type[Any]] = {
     Kind.EPOCH: Epoch,
     Kind.INTENT: Intent,
     Kind.OUTCOME: Outcome,
     Kind.ABORT: Abort,
     Kind.CRASHED: Crashed,
+    Kind.REPLAY: Replay,
 }
 _RULES = Rules(
-    optional=("triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"),
+    optional=(
+        *("triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"),
+        *("divergence", "recorded_token", "local_token", "logit_gap"),
+    ),
     lengths={"nonce": 32, "request_id": 16},
-    nested={"stack": Stack, "sampling": Sampling, "previous": Previous},
+    nested={"stack": Stack, "sampling": Sampling, "previous": Previous, "divergence": Divergence},
     choices={
         "platform": ("sim", "tdx", "vtpm"),
         "seed_origin": ("client", "server"),
         "finish_reason": FINISH_REASONS,
         "reason": ABORT_REASONS,
+        "mode": REPLAY_MODES,
+        "result": REPLAY_RESULTS,
+        "part": REPLAY_PARTS,
     },
     limits={"top_p_20bit": 1 << 20, "min_p_20bit": 1 << 20, "seed": (1 << 64) - 1},
     max_item=MAX_TOKENS,
@@ -217,9 +260,22 @@ def kind_of(record: Record) -> Kind:
 
 def encode_record(record: Record) -> bytes:
     """Deterministic CBOR of a record. Raises `FormatError` on a value the record's type does not allow."""
-    data = cbor.encode({"v": VERSION, "type": kind_of(record).value, **to_map(record, _RULES)})
-    parse_record(data, kind_of(record))
+    kind, value = kind_of(record), to_map(record, _RULES)
+    if isinstance(record, Epoch | Intent | Replay):
+        value["stack"] = _encoded_stack(record.stack)
+    from_map(_KINDS[kind], value, _RULES)
+    data = cbor.encode({"v": VERSION, "type": kind.value, **value})
+    if len(data) > MAX_RECORD_BYTES:
+        raise FormatError(f"record: expected at most {MAX_RECORD_BYTES} bytes, got {len(data)}", code="record.field")
     return data
+
+
+@functools.lru_cache(16)
+def _encoded_stack(stack: Stack) -> cbor.Encoded:
+    """The same in every record of a boot, and half of its bytes."""
+    value = to_map(stack, _RULES)
+    from_map(Stack, value, _RULES)
+    return cbor.Encoded(cbor.encode(value))
 
 
 def parse_record(data: bytes, kind: Kind) -> Any:
@@ -246,6 +302,14 @@ def parse_outcome(data: bytes) -> Outcome:
 def parse_epoch(data: bytes) -> Epoch:
     """Parse an EPOCH record. Raises `FormatError`."""
     record: Epoch = parse_record(data, Kind.EPOCH)
+    return record
+
+
+def parse_replay(data: bytes) -> Replay:
+    """Parse a REPLAY record. Raises `FormatError`."""
+    record: Replay = parse_record(data, Kind.REPLAY)
+    if (record.divergence is None) != (record.result == "identical"):
+        raise FormatError("record.divergence: expected one exactly when the result is diverged", code="record.field")
     return record
 
 

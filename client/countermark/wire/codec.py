@@ -29,6 +29,7 @@ LOG_SERVICE: Final = "countermark.v1.Log"
 ATTEST: Final = f"/{SERVICE}/Attest"
 GET_EVIDENCE: Final = f"/{SERVICE}/GetEvidence"
 GENERATE: Final = f"/{SERVICE}/Generate"
+REPLAY: Final = f"/{SERVICE}/Replay"
 
 CODE_KEY: Final = "countermark-code"
 """Trailing metadata: the stable code of the error that ended a call."""
@@ -95,6 +96,13 @@ def parse_generate_request(data: bytes) -> pb.GenerateRequest:
             raise RequestError(f"role: expected one of {ROLES}, got {message.role!r:.40}", code="request.role")
     if len(request.stop) > MAX_STOPS:
         raise RequestError(f"stop: expected at most {MAX_STOPS}, got {len(request.stop)}", code="request.stop")
+    return request
+
+
+def parse_replay_request(data: bytes) -> pb.ReplayRequest:
+    """Parse a `ReplayRequest`. Raises `RequestError` as `parse_message` and `check_nonce`."""
+    request = parse_message(pb.ReplayRequest, data)
+    check_nonce(request.nonce)
     return request
 
 

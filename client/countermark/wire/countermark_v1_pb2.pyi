@@ -159,6 +159,26 @@ class GenerateResponse(_message.Message):
     finished: Finished
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
+class ReplayRequest(_message.Message):
+    __slots__ = ("nonce", "request", "accepted", "answer", "receipt")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    request: bytes
+    accepted: bytes
+    answer: bytes
+    receipt: bytes
+    def __init__(self, nonce: _Optional[bytes] = ..., request: _Optional[bytes] = ..., accepted: _Optional[bytes] = ..., answer: _Optional[bytes] = ..., receipt: _Optional[bytes] = ...) -> None: ...
+
+class ReplayResponse(_message.Message):
+    __slots__ = ("receipt",)
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    receipt: bytes
+    def __init__(self, receipt: _Optional[bytes] = ...) -> None: ...
+
 class GetCheckpointRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
