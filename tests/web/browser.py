@@ -155,13 +155,9 @@ class Browser:
         thrown = [item for item in self.events if item.get("method") == "Runtime.exceptionThrown"]
         return [entry["text"] for entry in logged if entry["level"] == "error"] + [str(item) for item in thrown]
 
-    def picture(self, path: Path, *, whole: bool = True) -> None:
-        """A screenshot, of the whole page or of what is on the screen."""
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
-        path.write_bytes(base64.b64decode(data["data"]))
-
-    def _clip(self, whole: bool) -> dict[str, object]:
-        if not whole:
-            return {}
+    def picture(self, path: Path, *, height: int) -> None:
+        """A screenshot of the page from its top, at most so high."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], height), "scale": 1}
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(data["data"]))

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 
 from countermark.bundle import parse_bundle
+from countermark.checks import Check
 from countermark.errors import CountermarkError, PolicyError, Undecidable
 from countermark.policy import Policy, encode_policy, parse_policy
 from countermark.verify import verify_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "verify.html"
-# Decided by the command line alone: GPU measurements, their manifests, revocation, and what else only came for those.
-BEYOND = ("gpu.rim", "gpu.measurement", "gpu.ocsp", "gpu.crl", "gpu.revo", "gpu.not_yet", "gpu.expired")
+# Decided by the command line alone: GPU measurements, their manifests, revocation, time stamps.
+BEYOND = ("anchor.", "gpu.rim", "gpu.measurement", "gpu.ocsp", "gpu.crl", "gpu.revo", "gpu.not_yet", "gpu.expired")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,12 @@ def python_says(case: Case) -> Said:
         done = verify_bundle(parse_bundle(case.bundle), policy, case.at)
     except CountermarkError as err:
         verdict = "undecidable" if isinstance(err, Undecidable | PolicyError) else "reject"
-        checks = tuple((check.step, check.status.value) for check in err.checks)
-        return Said(verdict, err.code, err.step or "", checks)
-    return Said("accept", "", "", tuple((check.step, check.status.value) for check in done.checks))
+        return Said(verdict, err.code, err.step or "", _common(err.checks))
+    return Said("accept", "", "", _common(done.checks))
+
+
+def _common(checks: Sequence[Check]) -> tuple[tuple[str, str], ...]:
+    return tuple((check.step, check.status.value) for check in checks if check.step != "21")
 
 
 def page_results(cases: Sequence[Case], folder: Path, *, page: Path = PAGE) -> list[dict[str, Any]]:

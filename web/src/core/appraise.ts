@@ -81,7 +81,7 @@ export function appraise(encoded: Bytes, policy: Policy, now: number, steps: Ste
     detail(`mode ${policy.gpuMode}; reports signed, fresh and by the keys in RTMR3`);
     return gpus;
   });
-  steps.skip("8", GPU_BEYOND, true, "GPU firmware and revocation");
+  steps.skip("8", GPU_BEYOND, true, "GPU firmware against reference manifests, and revocation");
   if (policy.anyHardware) {
     steps.skip("9", `the policy accepts any machine; this is PPID ${hex(tdx.ppid)}`);
   } else {

@@ -30,6 +30,7 @@ export const STEPS = {
   "18": "one log, grown from the attested head",
   "19": "measurement manifest signed by the policy's signers",
   "20": "log witnesses",
+  "21": "the log had this answer by a time others vouch for",
 } as const;
 
 export type StepNumber = keyof typeof STEPS;

@@ -6,8 +6,10 @@ import { STEPS } from "../core/steps.js";
 import type { Fact, Result } from "../core/verify.js";
 import { SKIPPED, UNPROVEN, VERDICTS, WORDS } from "./words.js";
 
-/** The numbers of all steps. */
-const ORDER = Object.keys(STEPS).sort((left, right) => Number.parseInt(left) - Number.parseInt(right));
+/** The numbers of the steps that every bundle goes through. */
+const ORDER = Object.keys(STEPS)
+  .filter((step) => step !== "21")
+  .sort((left, right) => Number.parseInt(left) - Number.parseInt(right));
 
 type Child = Node | string | null;
 type Attributes = Readonly<Record<string, string>>;
@@ -51,7 +53,7 @@ export function render(result: Result, judged: Judged): [Node[], HTMLElement] {
       { class: `verdict ${result.verdict}`, "aria-label": "Verdict" },
       heading,
       element("p", {}, words),
-      result.code ? element("p", {}, `${result.message} `, element("span", { class: "code" }, `(${result.code})`)) : null,
+      ...why(result),
       result.redacted.length ? element("p", {}, redactedWords(result.redacted)) : null,
       element("p", {}, element("small", {}, `Judged as of ${rfc3339(at)}; time: ${basis}.`)),
     ),
@@ -69,6 +71,18 @@ export function render(result: Result, judged: Judged): [Node[], HTMLElement] {
     json(result, judged),
   ];
   return [nodes.filter((node) => node !== null), heading];
+}
+
+/** Why it is not all there: the failing step in plain words, or what is left to the command line. */
+function why(result: Result): Node[] {
+  const beyond = result.checks.filter((check) => check.beyond).map((check) => check.name);
+  if (!result.code) return beyond.length ? [element("p", {}, `Left to the command line: ${beyond.join(", ")}.`)] : [];
+  const failed = result.checks.find((check) => check.status === "FAIL");
+  const said = result.verdict === "reject" ? "does not hold" : "cannot be decided";
+  return [
+    failed ? element("p", {}, `Step ${failed.step} ${said}: ${WORDS[failed.step as StepNumber]}`) : null,
+    element("p", { class: "technical" }, `${result.message} `, element("span", { class: "code" }, `(${result.code})`)),
+  ].filter((node) => node !== null);
 }
 
 function simulated(): Node {

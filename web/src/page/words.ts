@@ -25,6 +25,7 @@ export const WORDS: Record<StepNumber, string> = {
   "18": "Request and answer stand in one log, which has only grown.",
   "19": "The publisher of the software signed its measurements.",
   "20": "Others have seen this log and signed for it.",
+  "21": "Others vouch for the time by which the log had this answer.",
 };
 
 /** Of a step that was skipped: why that says nothing against the answer, or what is left open. */
@@ -36,6 +37,7 @@ export const SKIPPED: Partial<Record<StepNumber, string>> = {
   "13": "It ran the software that was checked above. The settings that were asked for were left out, so they were not compared.",
   "17": "Some of the answer was left out of this file. What is there is what was signed, and counts and end fit.",
   "19": "The publisher's signed measurements did not come along; those in the policy were used.",
+  "21": "Others signed for the time by which the log had this answer. Their time stamps were not checked.",
   "20": "Nobody else is known to have seen this log, so that another version shown to others would not be noticed.",
 };
 
@@ -44,7 +46,7 @@ export const VERDICTS: Record<Outcome, readonly [mark: string, heading: string, 
   partial: [
     "\u2713",
     "Verified in part",
-    "Everything that this page can check holds. What it cannot check is marked SKIP below; the command line checks it.",
+    "Everything that this page can check holds.",
   ],
   reject: ["\u2717", "Rejected", "Something is not as it must be. Do not rely on this file."],
   undecidable: ["?", "Undecidable", "Something that is needed to decide is missing. This is not a success."],
