@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from countermark.errors import ConfigError
+from countermark.errors import ConfigError, UsageError
+from countermark.fetch.https import Service
 from countermark.formats.schema import MAX_TEXT
 
 MAX_BYTES = 64 * 1024
@@ -43,6 +44,9 @@ class Config:
     weights_root: bytes  # the dm-verity root hash the weights must have
     log_dir: Path
     log_operator_dir: Path | None  # where the operator log is published
+    anchors_tsa: Service | None  # a time-stamping authority
+    anchors_calendars: tuple[Service, ...]  # of OpenTimestamps
+    anchors_every_s: int
     threads: int  # 0: one for each core
     device: str  # cpu | cuda: what computes; no bit depends on it
     max_sequences: int
@@ -58,11 +62,18 @@ _SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "endorsements": {"dir": (str, None), "pccs_url": (str, None), "ca_file": (str, None), "gpu_dir": (str, None)},
     "weights": {"dir": (str, ...), "root": (str, ...)},
     "log": {"dir": (str, ...), "operator_dir": (str, None)},
+    "anchors": {"tsa_url": (str, None), "ots_calendars": (str, None), "every_s": (int, 3600)},
     "engine": {"threads": (int, 0), "device": (str, "cpu"), "max_sequences": (int, 16), "max_waiting": (int, 64)},
     "record": {"deployer_id": (str, None), "retention_until": (str, None)},
 }
 _KINDS = {str: "a string", int: "an integer"}
-_BOUNDS = {"threads": (0, 256), "max_sequences": (1, 256), "max_waiting": (0, 4096)}
+_BOUNDS = {
+    "anchors.every_s": (60, 604_800),
+    "engine.threads": (0, 256),
+    "engine.max_sequences": (1, 256),
+    "engine.max_waiting": (0, 4096),
+}
+MAX_CALENDARS = 8
 
 
 def load_config(path: Path) -> Config:
@@ -103,8 +114,10 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         message = f"endorsements.pccs_url: expected an http or https URL, got {values['pccs_url']!r:.70}"
         raise ConfigError(message, code="config.value")
     for name, (low, high) in _BOUNDS.items():
-        if not low <= values[name] <= high:
-            raise ConfigError(f"engine.{name}: expected {low} to {high}, got {values[name]}", code="config.value")
+        value = values[name.partition(".")[2]]
+        if not low <= value <= high:
+            raise ConfigError(f"{name}: expected {low} to {high}, got {value}", code="config.value")
+    authorities = _services("anchors.tsa_url", values["tsa_url"], most=1)
     return Config(
         digest=hashlib.sha256(data).digest(),
         operator=values["operator"],
@@ -120,6 +133,9 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         weights_root=bytes.fromhex(values["root"]),
         log_dir=base / values["log.dir"],
         log_operator_dir=_below(base, values["operator_dir"]),
+        anchors_tsa=authorities[0] if authorities else None,
+        anchors_calendars=_services("anchors.ots_calendars", values["ots_calendars"], most=MAX_CALENDARS),
+        anchors_every_s=values["every_s"],
         threads=values["threads"],
         device=values["device"],
         max_sequences=values["max_sequences"],
@@ -144,6 +160,17 @@ def format_address(host: str, port: int) -> str:
 
 def _below(base: Path, path: str | None) -> Path | None:
     return None if path is None else base / path
+
+
+def _services(name: str, text: str | None, *, most: int) -> tuple[Service, ...]:
+    """The URLs in a string, between spaces."""
+    urls = [] if text is None else text.split()
+    if text is not None and not 1 <= len(urls) <= most:
+        raise ConfigError(f"{name}: expected 1 to {most} URLs, got {len(urls)}", code="config.value")
+    try:
+        return tuple(Service(url=url) for url in urls)
+    except UsageError as err:
+        raise ConfigError(f"{name}: {err}", code="config.value") from err
 
 
 def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from countermark_appliance.frontend import FrontEnd, forbid_core_dumps
 from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
 from countermark_appliance.platform.base import Platform, open_platform
 from countermark_appliance.platform.keyring import Keyring
+from countermark_appliance.records.anchors import Anchors, Calendars, Submitter, TimeStamps
 from countermark_appliance.records.recorder import Recorder, log_origin
 from countermark_appliance.service import Service, ServiceLimits
 from countermark_appliance.watch import Watch
@@ -132,8 +133,10 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
                 on_exit=stop.set,
             )
             watch = Watch(platform, on_change=stop.set)
+            anchors = _anchors(config, recorder)
             try:
                 watch.start()
+                anchors.start()
                 service.set_serving()
                 ready({"listening": format_address(config.listen_host, front_end.port), **facts})
                 stop.wait()
@@ -148,6 +151,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
                 if engine.failed:
                     raise Unavailable("engine: its thread ended by a fault", code="engine.failed")
             finally:
+                anchors.close()
                 watch.close()
                 front_end.close()
         finally:
@@ -169,6 +173,16 @@ def _service(
         limits=limits,
     )
     return service, connections
+
+
+def _anchors(config: Config, recorder: Recorder) -> Anchors:
+    submitters: list[Submitter] = []
+    if config.anchors_tsa is not None:
+        submitters.append(TimeStamps(config.anchors_tsa))
+    if config.anchors_calendars:
+        submitters.append(Calendars(config.anchors_calendars))
+    own = config.log_dir / recorder.epoch.boot_id.hex()
+    return Anchors(own, recorder.checkpoint, submitters, every_s=config.anchors_every_s)
 
 
 def _limits(config: Config, *, simulated: bool) -> ServiceLimits:

@@ -62,6 +62,12 @@ def test_paths_are_relative_to_the_file_and_defaults_resolved(tmp_path: Path) ->
         (b"[log]", b'[endorsements]\npccs_url = "https://"\n[log]', "config.value"),
         (b"[log]", b'[endorsements]\npccs_url = "https://pccs/?q=1"\n[log]', "config.value"),
         (b"[log]", b'[endorsements]\nurl = "https://pccs"\n[log]', "config.unknown_key"),
+        (b"[log]", b'[anchors]\ntsa_url = "http://tsa.example"\n[log]', "config.value"),
+        (b"[log]", b'[anchors]\ntsa_url = "https://a.example https://b.example"\n[log]', "config.value"),
+        (b"[log]", b'[anchors]\ntsa_url = ""\n[log]', "config.value"),
+        (b"[log]", b'[anchors]\nots_calendars = " "\n[log]', "config.value"),
+        (b"[log]", b'[anchors]\nots_calendars = "' + b"https://a.example " * 9 + b'"\n[log]', "config.value"),
+        (b"[log]", b"[anchors]\nevery_s = 59\n[log]", "config.value"),
         (b"[log]", b'[record]\ndeployer_id = "' + b"x" * 4097 + b'"\n[log]', "config.value"),
     ],
 )
@@ -103,3 +109,13 @@ def test_endorsements(tmp_path: Path) -> None:
     config = parse_config(GOOD, base=tmp_path)
     assert (config.endorsements_dir, config.endorsements_url, config.endorsements_gpu_dir) == (None, None, None)
     assert config.endorsements_ca_file is None
+
+
+def test_anchors(tmp_path: Path) -> None:
+    table = b'[anchors]\ntsa_url = "https://tsa.example/tsr"\nots_calendars = "https://a.example  http://127.0.0.1:9"\n'
+    config = parse_config(GOOD + table, base=tmp_path)
+    assert config.anchors_tsa is not None
+    assert (config.anchors_tsa.url, config.anchors_every_s) == ("https://tsa.example/tsr", 3600)
+    assert [service.url for service in config.anchors_calendars] == ["https://a.example", "http://127.0.0.1:9"]
+    config = parse_config(GOOD, base=tmp_path)
+    assert (config.anchors_tsa, config.anchors_calendars) == (None, ())
