@@ -28,6 +28,7 @@ from countermark import (
     terminal,
 )
 from countermark import policy as policies
+from countermark.anchors import verify_headers
 from countermark.appraise import TimeBasis
 from countermark.bundle import read_bundle
 from countermark.checks import rfc3339
@@ -38,6 +39,7 @@ from countermark.errors import (
     UsageError,
 )
 from countermark.files import read_file, write_file
+from countermark.formats.ots import MAX_HEADERS_BYTES
 from countermark.policy import Policy, Profile, load_policy
 from countermark.session import Session, connect
 from countermark.verify import Verification, verify_bundle
@@ -132,8 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "verify a bundle offline", json_=True)
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--policy", type=Path, required=True)
-    verify.add_argument("--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: now)")
+    verify.add_argument(
+        "--at", type=arguments.moment, help="RFC 3339 time or 'now' (default: that of a time stamp in it, else now)"
+    )
     verify.add_argument("--endorsements", type=Path, metavar="JSON", help="use these of Intel's, not the bundle's")
+    verify.add_argument(
+        "--bitcoin-headers",
+        type=Path,
+        metavar="F",
+        help="block headers for OpenTimestamps anchors",
+    )
     verify.add_argument("--explain", action="store_true", help="say what each failed or skipped check means")
 
     bundle_cli.add_commands(commands, _command)
@@ -247,8 +257,7 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    own = None if args.endorsements is None else read_file(args.endorsements)
-    verified = _verified(args, args.bundle, load_policy(args.policy), endorsements=own)
+    verified = _verified(args, load_policy(args.policy))
     if args.json:
         _print_json(verified.as_json() | (explain.as_json(verified.checks) if args.explain else {}))
     else:
@@ -290,11 +299,20 @@ def _policy_pin(args: argparse.Namespace) -> None:
         terminal.note(f"the image was tried with TDX modules of which tdx.mrseam accepts none: {tried}")
 
 
-def _verified(
-    args: argparse.Namespace, path: Path, policy: Policy, *, endorsements: bytes | None = None
-) -> Verification:
+def _verified(args: argparse.Namespace, policy: Policy) -> Verification:
     at, basis = (int(time.time()), TimeBasis.NOW) if args.at is None else (args.at, TimeBasis.ASSUMED)
-    verified = verify_bundle(read_bundle(path), policy, at, time_basis=basis, endorsements=endorsements)
+    own, headers = (
+        None if path is None else read_file(path, max_bytes=MAX_HEADERS_BYTES)
+        for path in (args.endorsements, args.bitcoin_headers)
+    )
+    verified = verify_bundle(
+        read_bundle(args.bundle),
+        policy,
+        at,
+        time_basis=basis,
+        endorsements=own,
+        headers=None if headers is None else verify_headers(headers),
+    )
     if verified.verdict.simulated:
         terminal.show_simulated()
     terminal.show_checks(verified.checks, explain=getattr(args, "explain", False))
