@@ -556,6 +556,16 @@ def strangers(which: int) -> Change:
     return bend
 
 
+def recounted(**counts: int) -> Change:
+    """The OUTCOME with other counts, signed; what it lacks in the log comes after what it says."""
+
+    def bend(payload: Payload, scene: Scene) -> Payload:
+        record = records.encode_record(replace(scene.world.completed.outcome, **counts))
+        return replace(payload, outcome=replace(payload.outcome, record=record))
+
+    return signed(bend)
+
+
 def high_s(value: list[Any]) -> None:
     r, s = value[3][0][2][:32], int.from_bytes(value[3][0][2][32:], "big")
     value[3][0][2] = r + (P256_ORDER - s).to_bytes(32, "big")
@@ -672,6 +682,8 @@ RECEIPTS: list[Row] = [
         "16",
         signed(lambda p, _: replace(p, outcome=replace(p.outcome, record=p.intent.record))),
     ),
+    ("OUTCOME of more prompt tokens", "receipt.counts", "17", recounted(prompt_count=5)),
+    ("OUTCOME of more output tokens", "receipt.counts", "17", recounted(output_count=4)),
     (
         "OUTCOME before its INTENT",
         "receipt.order",
@@ -1105,6 +1117,11 @@ def kept(bundle: Callable[[Scene], Bundle], entry: str, **values: Any) -> Change
     return bend
 
 
+def less(change: Change, **what: bool) -> Change:
+    """What a change makes, redacted."""
+    return lambda scene: redact(change(scene), **what)
+
+
 REDACTED: list[Row] = [
     ("prompt: the request kept", "bundle.redaction", "", lambda s: packed(PROMPTLESS(s), request_bin=REQUEST)),
     ("prompt: only the request left out", "bundle.redaction", "", lambda s: packed(s.good, request_bin=None)),
@@ -1201,14 +1218,38 @@ REDACTED: list[Row] = [
         "both: an end that cannot be",
         "receipt.finish_reason",
         "17",
-        lambda s: redact(recommitted(outcome={"finish_reason": "length"})(s), prompt=True, output=True),
+        less(recommitted(outcome={"finish_reason": "length"}), prompt=True, output=True),
+    ),
+    ("prompt: more output tokens", "receipt.counts", "17", less(recounted(output_count=4), prompt=True)),
+    ("output: more prompt tokens", "receipt.counts", "17", less(recounted(prompt_count=5), output=True)),
+    (
+        "both: more output than was asked for",
+        "receipt.counts",
+        "17",
+        less(recounted(output_count=9), prompt=True, output=True),
     ),
     (
         "both: more cached than there was",
         "receipt.counts",
         "17",
-        lambda s: redact(recommitted(outcome={"cached_tokens": 5})(s), prompt=True, output=True),
+        less(recommitted(outcome={"cached_tokens": 5}), prompt=True, output=True),
     ),
+]
+
+# Proofs made later: read whether the policy asks for them or not.
+
+LATER: list[Row] = [
+    ("an EPOCH that is none", "witnessed.field", "", part(epoch=b"\xa0")),
+    ("an EPOCH cut short", "cbor.malformed", "", part(epoch=b"\xa1")),
+    ("a witness that is none", "receipt_witness.field", "", part(witness=b"\xa0")),
+    (
+        "a witness of another version",
+        "receipt_witness.field",
+        "",
+        part(witness=cbor.encode({"v": 2, "checkpoint": b"", "proof": []})),
+    ),
+    ("anchors that are none", "anchors.field", "", part(anchors=b"\xa0")),
+    ("no anchor in anchors", "anchors.count", "", part(anchors=cbor.encode({"v": 1, "anchors": []}))),
 ]
 
 GROUPS: dict[str, list[Row]] = {
@@ -1228,6 +1269,7 @@ GROUPS: dict[str, list[Row]] = {
     "manifest": MANIFESTS,
     "policy": POLICIES,
     "redaction": REDACTED,
+    "later": LATER,
 }
 
 
