@@ -132,7 +132,6 @@ class RedactedReceipt(Sealed):
                 "origin": self.checkpoint.origin,
                 "size": self.checkpoint.size,
                 "intent": self.accepted.acceptance.leaf_index,
-                "witnesses": "unwitnessed",
             },
         }
 
