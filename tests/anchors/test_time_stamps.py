@@ -1,4 +1,4 @@
-"""Time stamps of RFC 3161: ours against `openssl ts` in both directions, and every way to be wrong."""
+"""Time stamps of RFC 3161: ours against `openssl ts` in both directions, genuine ones, and every way to be wrong."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from countermark.anchors.rfc3161 import Stamp, verify_stamp
 from countermark.errors import CountermarkError, FormatError, LogError
 from countermark.formats.timestamp import encode_request, parse_response, parse_token
 
+DATA = Path(__file__).parents[1] / "data" / "tsa"
+PCA_2010 = bytes.fromhex("ebec1edd9e140d9c105cc62b15a915c5443ddc514a35e5773c09afb0274c7ba5")
 MESSAGE = "example.org/boot\n3\nAAAA\n\n— not parsed here\n".encode()
 RSA = rsa.generate_private_key(65537, 2048)
 
@@ -255,3 +257,28 @@ def test_openssl_reads_our_requests(tmp_path: Path) -> None:
     shown = openssl(tmp_path, "ts", "-query", "-in", "query", "-text")
     for text in ("Hash Algorithm: sha256", "0000 - 00 01 02 03", "Nonce: 0xF1F2F3F4F5F6F7F8", "required: yes"):
         assert text in shown, shown
+
+
+def test_a_public_authority_s_stamp(tmp_path: Path) -> None:
+    """Its root is not in the token, so what is pinned is the certificate below it. OpenSSL is asked the same."""
+    token, message = ((DATA / f"microsoft.{name}").read_bytes() for name in ("token", "message"))
+    stamp = verify_stamp(token, message, roots=[PCA_2010], policies=["1.3.6.1.4.1.601.10.3.1"])
+    assert (stamp.info.time, stamp.authority) == (1749594560, "Microsoft Time-Stamp Service")  # 2025-06-10T22:29:20Z
+    with pytest.raises(LogError) as caught:
+        verify_stamp(token, message[:-1], roots=[PCA_2010])
+    assert caught.value.code == "anchor.imprint"
+    (tmp_path / "token").write_bytes(token)
+    (tmp_path / "message").write_bytes(message)
+    (tmp_path / "pinned.der").write_bytes(parse_token(token).certificates[1])
+    openssl(tmp_path, "x509", "-inform", "DER", "-in", "pinned.der", "-out", "pinned.pem")
+    check = ("-token_in", "-in", "token", "-data", "message", "-CAfile", "pinned.pem", "-partial_chain")
+    assert "Verification: OK" in openssl(tmp_path, "ts", "-verify", *check, "-attime", str(stamp.info.time))
+
+
+def test_a_genuine_stamp_over_sha_1_is_refused() -> None:
+    status, token = parse_response((DATA / "geotrust-sha1.response").read_bytes())
+    assert status == 0
+    with pytest.raises(FormatError) as caught:
+        parse_token(token or b"")
+    assert caught.value.code == "anchor.token"
+    assert "SHA-256" in str(caught.value)
