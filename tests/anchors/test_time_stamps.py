@@ -268,11 +268,13 @@ def test_a_public_authority_s_stamp(tmp_path: Path) -> None:
         verify_stamp(token, message[:-1], roots=[PCA_2010])
     assert caught.value.code == "anchor.imprint"
     (tmp_path / "token").write_bytes(token)
-    (tmp_path / "message").write_bytes(message)
     (tmp_path / "pinned.der").write_bytes(parse_token(token).certificates[1])
     openssl(tmp_path, "x509", "-inform", "DER", "-in", "pinned.der", "-out", "pinned.pem")
-    check = ("-token_in", "-in", "token", "-data", "message", "-CAfile", "pinned.pem", "-partial_chain")
-    assert "Verification: OK" in openssl(tmp_path, "ts", "-verify", *check, "-attime", str(stamp.info.time))
+    # Not `openssl ts`, which cannot read its set of certificates: one of them is of another kind than X.509.
+    options = ("-CAfile", "pinned.pem", "-partial_chain", "-purpose", "timestampsign", "-attime", str(stamp.info.time))
+    said = openssl(tmp_path, "cms", "-verify", "-binary", "-inform", "DER", "-in", "token", "-out", "info", *options)
+    assert "Verification successful" in said
+    assert (tmp_path / "info").read_bytes() == parse_token(token).content
 
 
 def test_a_genuine_stamp_over_sha_1_is_refused() -> None:
