@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from countermark.errors import CountermarkError, Unavailable
 from countermark.formats.records import ABORT_REASONS, Sampling
+from countermark.formats.retrieval import RetrievalSet
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.connections import Attested
@@ -79,6 +80,7 @@ class Recorder(Protocol):
         stop_tokens: Sequence[int],
         ignore_eos: bool,
         logprobs: bool = False,
+        retrieval: RetrievalSet | None = None,
     ) -> Committed: ...
 
     def commit_outcome(
@@ -270,6 +272,7 @@ class Generation:
             stop_tokens=prepared.stop_tokens,
             ignore_eos=prepared.ignore_eos,
             logprobs=prepared.logprobs > 0,
+            retrieval=codec.retrieval(self._order.request),
         )
 
     def _finish(self, committed: Committed, done: DoneEvent) -> bytes:
@@ -346,6 +349,7 @@ def engine_request(request: pb.GenerateRequest, scope: bytes) -> Request:
         seed=_given(sampling, "seed"),
         ignore_eos=_given(request, "ignore_eos"),
         logprobs=_given(request, "logprobs"),
+        values=dict(request.chat.values),
         scope=scope,
     )
 

@@ -212,6 +212,7 @@ def parse_recorded(request: pb.ReplayRequest) -> Recorded:
                 "prompt": codec.input_value(asked),
                 "prompt_tokens": records.encode_tokens(acceptance.prompt_tokens),
                 "raw_request": request.request,
+                **_retrieved(asked),
             },
         ),
         (
@@ -227,11 +228,23 @@ def parse_recorded(request: pb.ReplayRequest) -> Recorded:
     for record, encoded, values in committed:
         salts = records.parse_salts(encoded, tuple(values))
         for name, value in values.items():
-            if records.field_commitment(name, salts[name], value) != getattr(record, name):
+            if records.field_commitment(name, salts[name], value) != _committed(record, name):
                 raise _not_one(name)
     return Recorded(
         request=asked, intent=intent, outcome=outcome, prompt_tokens=acceptance.prompt_tokens, answer=answer
     )
+
+
+def _retrieved(asked: pb.GenerateRequest) -> dict[str, bytes]:
+    found = codec.retrieval(asked)
+    return {} if found is None else {f"retrieval.{part}": value for part, value in found.values().items()}
+
+
+def _committed(record: Intent | Outcome, name: str) -> bytes | None:
+    """A commitment by its name; None where the record has none of that name."""
+    outer, _, inner = name.partition(".")
+    value = getattr(record, outer)
+    return getattr(value, inner, None) if inner else value
 
 
 def _not_one(what: str) -> FormatError:

@@ -14,6 +14,7 @@ from typing import Final
 
 from countermark.errors import FormatError, ReceiptError, RequestError
 from countermark.formats.records import Intent
+from countermark.formats.retrieval import RetrievalSet
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 
@@ -42,6 +43,8 @@ class Asked:
     prompt: bytes  # `formats.records.encode_input` of the input:
     text: str | None  # a raw prompt, or
     messages: tuple[tuple[str, str], ...] | None  # (role, content) pairs
+    values: dict[str, str]  # for the chat template
+    retrieval: RetrievalSet | None
     settings: dict[str, object]
 
 
@@ -61,6 +64,8 @@ def parse_request(data: bytes) -> Asked:
         prompt=codec.input_value(message),
         text=message.prompt if raw else None,
         messages=None if raw else tuple((turn.role, turn.content) for turn in message.chat.messages),
+        values=dict(message.chat.values),
+        retrieval=codec.retrieval(message),
         settings=_settings(message),
     )
 

@@ -322,7 +322,10 @@ def _verify_outcome(
 
 def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request: bytes) -> None:
     same("nonce", asked.nonce, intent.nonce, "receipt.nonce")
-    salts = records.parse_salts(acceptance.field_salts, records.INTENT_FIELDS)
+    if (asked.retrieval is None) != (intent.retrieval is None):
+        message = "retrieval: expected in the record exactly what the request has of it"
+        raise ReceiptError(message, code="receipt.retrieval")
+    salts = records.parse_salts(acceptance.field_salts, intent.salted)
     tokens = records.encode_tokens(acceptance.prompt_tokens)
     for name, value, code in (
         ("raw_request", request, "receipt.request"),
@@ -330,6 +333,14 @@ def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request
         ("prompt_tokens", tokens, "receipt.prompt_tokens"),
     ):
         same(name, records.field_commitment(name, salts[name], value), getattr(intent, name), code)
+    for part, value in (asked.retrieval.values() if asked.retrieval is not None else {}).items():
+        name = f"retrieval.{part}"
+        same(
+            name,
+            records.field_commitment(name, salts[name], value),
+            getattr(intent.retrieval, part),
+            "receipt.retrieval",
+        )
 
 
 def check_stack(stack: Stack, verdict: Verdict) -> None:

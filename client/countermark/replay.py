@@ -70,8 +70,10 @@ class Runner(Protocol):
         """What the weights' own files say: `model`, `quantisation`: str; `manifest_digest`, `tokenizer_digest`,
         `chat_template_digest`: bytes; `stop_tokens`: tuple of the end-of-sequence ids."""
 
-    def assemble(self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None) -> tuple[int, ...]:
-        """The token ids of an input: a raw prompt, or (role, content) pairs under the chat template.
+    def assemble(
+        self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None, values: Mapping[str, str]
+    ) -> tuple[int, ...]:
+        """The token ids of an input: a raw prompt, or (role, content) pairs under the chat template, with its values.
 
         Raises `RequestError` on an input that cannot be served.
         """
@@ -361,7 +363,7 @@ def _check_artefact(receipt: CheckedReceipt, runner: Runner) -> None:
 def _prompt(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
     asked = parse_request(receipt.accepted.request)
     try:
-        local = runner.assemble(asked.text, asked.messages)
+        local = runner.assemble(asked.text, asked.messages, asked.values)
     except RequestError as err:
         raise FormatError(f"prompt: expected one that can be served: {err}", code="replay.prompt") from err
     for position, (theirs, ours) in enumerate(zip_longest(receipt.accepted.acceptance.prompt_tokens, local)):

@@ -39,6 +39,7 @@ from countermark.errors import (
 from countermark.formats.evidence import encode_evidence, parse_evidence
 from countermark.formats.receipt import Answer as Streamed
 from countermark.formats.receipt import encode_acceptance, encode_answer
+from countermark.formats.retrieval import RetrievalSet
 from countermark.policy import Policy
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
 from countermark.replayed import NodeReplay, require_able, verify_replay
@@ -213,11 +214,15 @@ class Session:
         logit_bias: Mapping[int, float] | None = None,
         ignore_eos: bool | None = None,
         logprobs: int | None = None,
+        values: Mapping[str, str] | None = None,
+        retrieved: RetrievalSet | None = None,
         timeout_s: float | None = None,
     ) -> Stream:
         """Send a prompt (raw text) or messages ((role, content) pairs, under the model's chat template).
 
-        `logprobs`: 1 to 20 for each token's log probability and those of so many likeliest, see `Stream.logprobs`.
+        `values`: what the chat template would otherwise take from a clock or chance, such as `date_string`.
+        `retrieved`: what was retrieved for this request; recorded as you state it. `logprobs`: 1 to 20 for each token's
+        log probability and those of so many likeliest, see `Stream.logprobs`.
 
         Returns once the appliance has committed to the request and that has been verified. Raises `RequestError`
         (`request.*`), `Unavailable`, or, when the commitment does not verify, `FormatError` or `VerificationError`.
@@ -239,6 +244,8 @@ class Session:
             logit_bias=logit_bias,
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            values=values,
+            retrieved=retrieved,
         )
         if self._channel.is_over or self._closed:
             raise self._channel.failure() or _closed()

@@ -59,7 +59,9 @@ class Memory:
     def artefact(self) -> Mapping[str, object]:
         return self.facts
 
-    def assemble(self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None) -> tuple[int, ...]:
+    def assemble(
+        self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None, values: Mapping[str, str]
+    ) -> tuple[int, ...]:
         self.asked = (prompt, messages)
         return self.prompt
 

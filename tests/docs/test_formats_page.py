@@ -308,6 +308,7 @@ def test_exit_codes() -> None:
         ("Divergence", records.Divergence),
         ("Stack", records.Stack),
         ("Sampling", records.Sampling),
+        ("Retrieval", records.Retrieval),
         ("Previous", records.Previous),
     ],
 )
@@ -381,7 +382,14 @@ def test_every_message_and_field_of_the_calls() -> None:
         for field in message.fields:
             found = any(f"`{form}`" in text for form in (field.name, f"sampling.{field.name}"))
             assert found or field.name in ("sampling", "accepted", "tokens", "finished"), f"{name}.{field.name}"
-    for name in ("GenerateRequest", "Chat", "Message", "Sampling"):  # a verifier decodes these from a bundle
+    for name in (
+        "GenerateRequest",
+        "Chat",
+        "Message",
+        "Sampling",
+        "Retrieval",
+        "Chunk",
+    ):  # a verifier decodes these from a bundle
         numbered = ", ".join(
             f"{field.name} {field.number}" for field in pb.DESCRIPTOR.message_types_by_name[name].fields
         )

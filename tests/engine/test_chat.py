@@ -55,10 +55,6 @@ def test_contents_that_a_template_joins_cannot_form_one(contents: list[list[str]
 @pytest.mark.parametrize(
     ("source", "code"),
     [
-        ("{{ strftime_now('%d %b %Y') }}", "chat.nondeterministic"),
-        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}", "chat.nondeterministic"),
-        ("{{ now() }}", "chat.nondeterministic"),
-        ("{{ lipsum() }}", "chat.nondeterministic"),
         ("{{ [1, 2] | random }}", "chat.template"),
         ("{% include 'x' %}{% unknown %}", "chat.template"),
         ("{{ unclosed", "chat.template"),
@@ -68,6 +64,79 @@ def test_templates_are_refused_at_load(source: str, code: str) -> None:
     with pytest.raises(FormatError) as err:
         ChatTemplate(source, TOKENIZER, special_names={})
     assert err.value.code == code
+
+
+LLAMA_3_2 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "Today Date: " + date_string + "\n\n" }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>\n' }}
+{%- endfor %}"""  # the part of Llama 3.2's template that reads a clock, with our special tokens
+
+
+def varying(source: str = LLAMA_3_2) -> ChatTemplate:
+    return ChatTemplate(source, TOKENIZER, special_names={"bos_token": "<|endoftext|>"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LLAMA_3_2,
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}",
+        "{{ now() }}",
+        "{{ now().year }}",
+        "{{ datetime.now() }}",
+        "{{ lipsum() }}",
+        "{{ date }}",
+        "{{ uuid4() ~ 'x' }}",
+        "{{ random.choice([1, 2]) }}",
+    ],
+)
+def test_what_varies_is_refused_unless_the_request_supplies_it(source: str) -> None:
+    with pytest.raises(RequestError) as err:
+        varying(source).encode(turns("hello"))
+    assert err.value.code == "request.values"
+
+
+def test_a_date_of_the_requests_own_is_used() -> None:
+    messages = turns("hello")
+    text, _ = varying().render(messages, {"date_string": "01 Feb 2026"})
+    wanted = jinja2.Template(LLAMA_3_2).render(
+        messages=[{"role": "user", "content": "hello"}], bos_token="<|endoftext|>", date_string="01 Feb 2026"
+    )
+    assert text == wanted
+    # or what the clock would have said, whatever is asked of it
+    assert varying().render(messages, {"strftime_now": "01 Feb 2026"})[0] == wanted
+    assert varying("{{ strftime_now('%Y') }}{{ date }}").render(messages, {"strftime_now": "a", "date": "b"})[0] == "ab"
+    with pytest.raises(RequestError):  # one of two
+        varying("{{ strftime_now('%Y') }}{{ date }}").encode(messages, {"date": "b"})
+
+
+def test_a_template_that_only_might_ask_a_clock_is_no_trouble() -> None:
+    source = "{% if messages | length > 1 %}{{ strftime_now('%Y') }}{% endif %}{{ messages[0].content }}"
+    assert varying(source).encode(turns("hello")) == TOKENIZER.encode("hello")
+    with pytest.raises(RequestError):
+        varying(source).encode(turns("hello", "again"))
+
+
+@pytest.mark.parametrize("name", ["surprise", "messages", "bos_token", "range", "raise_exception"])
+def test_a_value_that_the_template_does_not_read_is_refused(name: str) -> None:
+    with pytest.raises(RequestError) as err:
+        varying().encode(turns("hello"), {"date_string": "x", name: "y"})
+    assert err.value.code == "request.values"
+
+
+@given(st.lists(PIECES, max_size=5))
+def test_values_cannot_write_special_tokens(parts: list[str]) -> None:
+    ids = varying().encode(turns("hello"), {"date_string": "".join(parts)})
+    assert [i for i in ids if i in (START, END)] == [START, END]
 
 
 @pytest.mark.parametrize(

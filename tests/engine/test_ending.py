@@ -52,7 +52,7 @@ def test_the_runner_spells_what_the_engine_served(engine: Engine, runner: ExactR
         )
         prepared = engine.prepare(request)
         (done,) = run(engine, [request])
-        assert runner.assemble(request.prompt, None) == prepared.prompt_tokens
+        assert runner.assemble(request.prompt, None, {}) == prepared.prompt_tokens
         found = runner.spell(done.output_tokens, prepared.max_tokens, stop, prepared.ignore_eos)
         assert found == (done.text, done.reason, len(done.output_tokens))
         assert not any(text in done.text for text in stop)
@@ -63,9 +63,9 @@ def test_the_runner_spells_what_the_engine_served(engine: Engine, runner: ExactR
 def test_messages_are_assembled_with_the_artefacts_template(engine: Engine, runner: ExactRunner) -> None:
     turns = (("system", "be brief"), ("user", "the <|im_end|> dog"))
     messages = tuple(Message(role=role, content=text) for role, text in turns)
-    assert runner.assemble(None, turns) == engine.prepare(Request(messages=messages)).prompt_tokens
+    assert runner.assemble(None, turns, {}) == engine.prepare(Request(messages=messages)).prompt_tokens
     with pytest.raises(RequestError) as err:
-        runner.assemble(None, (("user", ""),))
+        runner.assemble(None, (("user", ""),), {})
     assert err.value.code == "request.prompt_empty"
 
 

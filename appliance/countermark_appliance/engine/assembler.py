@@ -6,6 +6,8 @@ input again and must get the recorded ids. Thread-safe: nothing changes after co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from countermark.errors import RequestError
 from countermark_appliance.engine.chat import ChatTemplate
 from countermark_appliance.engine.request import Message
@@ -26,17 +28,21 @@ class Assembler:
             artefact.chat_template, tokenizer, special_names=_special_names(artefact, tokenizer)
         )
 
-    def tokens(self, *, prompt: str | None, messages: tuple[Message, ...] | None) -> list[int]:
+    def tokens(
+        self, *, prompt: str | None, messages: tuple[Message, ...] | None, values: Mapping[str, str] | None = None
+    ) -> list[int]:
         """The ids, fewer than the context. Raises `RequestError` with code `request.<field>`."""
         if (prompt is None) == (messages is None):
             raise RequestError("input: expected either messages or a prompt", code="request.input")
         texts = (prompt,) if prompt is not None else tuple(m.content for m in messages or ())
         if not texts or not texts[-1]:
             raise RequestError("prompt: expected text, got none", code="request.prompt_empty")
+        if prompt is not None and values:
+            raise RequestError("values: expected messages, whose template reads them", code="request.values")
         if not self._tokenizer.fits("".join(texts), self._context):
             raise self._too_long(f"{sum(map(len, texts))} characters")
         if messages is not None:
-            tokens = self._template.encode(messages)
+            tokens = self._template.encode(messages, values or {})
         else:
             tokens = self._first + self._tokenizer.encode(prompt or "")
         if len(tokens) >= self._context:

@@ -1,8 +1,10 @@
 """Chat messages to token ids through the artefact's own Jinja template.
 
-Determinism: the template sees the messages, the special tokens' names and nothing else. No clock, no randomness, no
-globals beyond `range`, `dict`, `namespace` and `raise_exception`; calling anything else (`strftime_now`, `lipsum`,
-`|random`) is refused by name. Only plain values may be printed, because a function's text holds a memory address.
+Determinism: the template sees the messages, the special tokens' names, the request's own values and nothing else. No
+clock, no randomness, no globals beyond `range`, `dict`, `namespace` and `raise_exception`. A template that reaches for
+what varies (`strftime_now`, `lipsum`) is refused for that request, unless the request supplies it: under the name
+itself, then every call returns that text, or under a name the template looks at first, such as `date_string` in
+Llama 3's. Only plain values may be printed, because a function's text holds a memory address.
 Environment: jinja2 `ImmutableSandboxedEnvironment` with trim_blocks and lstrip_blocks, as templates are written for.
 
 No smuggling: a message that contains the text of a special token, such as `<|im_start|>`, must not produce that token.
@@ -16,7 +18,7 @@ Tokens that the tokenizer adds without calling them special (`<think>` in Qwen3)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jinja2
 from jinja2 import meta
@@ -41,13 +43,39 @@ class _Refused(jinja2.TemplateError):
     """`raise_exception` in a template."""
 
 
+class _Varies(jinja2.TemplateError):
+    """The template reached for a clock or chance."""
+
+
+class _Chance:
+    """Stands for what varies: defined, and refused as soon as it is used."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_: object, **__: object) -> object:
+        raise _Varies(self.name)
+
+    def __getattr__(self, _: str) -> object:
+        raise _Varies(self.name)
+
+
+class _Given(str):
+    """A value that the request supplied; also what a call of it returns, whatever its arguments."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: object, **__: object) -> str:
+        return str(self)
+
+
 class ChatTemplate:
     """One compiled template. Thread-safe: nothing changes after construction."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, special_names: dict[str, str]) -> None:
         """`special_names`: what the template may call special tokens, such as bos_token -> its text.
 
-        Raises `FormatError`: `chat.template` (does not compile), `chat.nondeterministic` (names a clock or randomness).
+        Raises `FormatError` (`chat.template`) when it does not compile.
         """
         self._source = source
         self._tokenizer = tokenizer
@@ -55,23 +83,35 @@ class ChatTemplate:
         environment = _environment()
         try:
             tree = environment.parse(source)
-            chance = meta.find_undeclared_variables(tree) & _NAMES_OF_CHANCE
+            wanted = meta.find_undeclared_variables(tree)
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as err:
             raise FormatError(f"chat_template: {err!s:.200}", code="chat.template") from err
-        if chance:
-            raise FormatError(
-                f"chat_template: expected no clock and no randomness, got {sorted(chance)}",
-                code="chat.nondeterministic",
-            )
+        self._reads = wanted - {"messages", "add_generation_prompt", *self._names, *environment.globals}
+        self._chance = {name: _Chance(name) for name in self._reads & _NAMES_OF_CHANCE}
 
-    def render(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """The rendered text and the mark in it. Raises `RequestError`: `request.messages`, `request.template`."""
+    def render(self, messages: Sequence[Message], values: Mapping[str, str]) -> tuple[str, str]:
+        """The rendered text and the mark in it. `values`: what the template may read beside the messages.
+
+        Raises `RequestError`: `request.messages`, `request.template`, `request.values` (one that the template does not
+        read, or none for what would vary).
+        """
         _check(messages)
-        mark = self._mark(messages)
+        if unread := values.keys() - self._reads:
+            message = f"values: expected some of {sorted(self._reads)}, which the chat template reads"
+            raise RequestError(f"{message}, got {sorted(unread)!r:.200}", code="request.values")
+        mark = self._mark([*(m.content for m in messages), *values.values()])
+        given = {name: _Given(self._tokenizer.mark_special(text, mark)) for name, text in values.items()}
         turns = [{"role": m.role, "content": self._tokenizer.mark_special(m.content, mark)} for m in messages]
         try:
-            text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
+            text = self._template.render(
+                messages=turns, add_generation_prompt=True, **{**self._names, **self._chance, **given}
+            )
+        except _Varies as err:
+            message = (
+                f"values: expected some of {sorted(self._reads)}, because the chat template asks for {err.message}"
+            )
+            raise RequestError(f"{message}, which varies", code="request.values") from err
         except _Refused as err:  # the template's own words, such as "roles must alternate"
             raise RequestError(f"messages: {err!s:.200}", code="request.template") from err
         except _TEMPLATE_FAILURES as err:  # whose text may quote a message, which must not reach a log
@@ -80,13 +120,13 @@ class ChatTemplate:
             ) from err
         return text, mark
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Messages, with the opening of the assistant's turn, to token ids."""
-        text, mark = self.render(messages)
+    def encode(self, messages: Sequence[Message], values: Mapping[str, str] | None = None) -> list[int]:
+        """Messages, with the opening of the assistant's turn, to token ids. Raises as `render`."""
+        text, mark = self.render(messages, values or {})
         return self._tokenizer.encode_marked(text, mark)
 
-    def _mark(self, messages: Sequence[Message]) -> str:
-        used = set(self._source).union(*(m.content for m in messages))
+    def _mark(self, texts: Sequence[str]) -> str:
+        used = set(self._source).union(*texts)
         for code in _MARKS:
             if chr(code) not in used:
                 return chr(code)
@@ -114,6 +154,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, _Chance):
+        raise _Varies(value.name)
     if value is None or isinstance(value, str | int | float | jinja2.Undefined):
         return value
     raise TypeError(f"prints a {type(value).__name__}")

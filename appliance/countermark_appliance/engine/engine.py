@@ -174,7 +174,7 @@ class Engine:
         )
         _check_stop(request.stop)
         logprobs = resolve_logprobs(request.logprobs)
-        tokens = self._assembler.tokens(prompt=request.prompt, messages=request.messages)
+        tokens = self._assembler.tokens(prompt=request.prompt, messages=request.messages, values=request.values)
         ignore_eos = bool(request.ignore_eos)
         return Prepared(
             request=request,

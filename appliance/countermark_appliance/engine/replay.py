@@ -97,10 +97,12 @@ class ExactRunner:
             "stop_tokens": tuple(self._artefact.config.eos_ids),
         }
 
-    def assemble(self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None) -> tuple[int, ...]:
+    def assemble(
+        self, prompt: str | None, messages: tuple[tuple[str, str], ...] | None, values: Mapping[str, str]
+    ) -> tuple[int, ...]:
         """The prompt's token ids. Raises `RequestError` with code `request.<field>` on an input nobody would serve."""
         turns = None if messages is None else tuple(Message(role=role, content=text) for role, text in messages)
-        return tuple(self._assembler.tokens(prompt=prompt, messages=turns))
+        return tuple(self._assembler.tokens(prompt=prompt, messages=turns, values=values))
 
     def spell(
         self, output_tokens: tuple[int, ...], max_tokens: int, stop: tuple[str, ...], ignore_eos: bool

@@ -26,9 +26,9 @@ class Message:
 class Request:
     """One generation as the client asked for it. Exactly one of `messages` and `prompt` is given; None: the default.
 
-    `logprobs`: 0 for none, n for the log probability of each token and of the n likeliest beside it. `scope`: whose
-    prompt it is. A prefix that is computed already is used again inside one scope only, so that neither latency nor
-    `cached_tokens` tells one client about another's prompt.
+    `values`: what the chat template reads beside the messages. `logprobs`: 0 for none, n for the log probability of
+    each token and of the n likeliest beside it. `scope`: whose prompt it is. A prefix that is computed already is used
+    again inside one scope only, so that neither latency nor `cached_tokens` tells one client about another's prompt.
     """
 
     model: str = ""
@@ -47,6 +47,7 @@ class Request:
     seed: int | None = None
     ignore_eos: bool | None = None
     logprobs: int | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
     scope: bytes = b""
 
 

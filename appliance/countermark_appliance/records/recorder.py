@@ -30,9 +30,11 @@ from countermark.formats.records import (
     Previous,
     Record,
     Replay,
+    Retrieval,
     Sampling,
     Stack,
 )
+from countermark.formats.retrieval import RetrievalSet
 from countermark.formats.witnessed import Sidecar
 from countermark_appliance.platform.keyring import Keyring
 from countermark_appliance.records.journal import FULL, sync_directory
@@ -161,6 +163,7 @@ class Recorder:
         stop_tokens: Sequence[int],
         ignore_eos: bool,
         logprobs: bool = False,
+        retrieval: RetrievalSet | None = None,
     ) -> Committed:
         """Commit to a request, durably. No token may be computed before this returns.
 
@@ -169,6 +172,13 @@ class Recorder:
         `log.failed`, `log.closed`; `FormatError` (`record.field`) on a value out of its type's range.
         """
         salts = {name: secrets.token_bytes(32) for name in records.INTENT_FIELDS}
+        retrieved = None
+        if retrieval is not None:
+            salts |= {name: secrets.token_bytes(32) for name in records.RETRIEVAL_FIELDS}
+            named = {part: (f"retrieval.{part}", value) for part, value in retrieval.values().items()}
+            retrieved = Retrieval(
+                **{part: records.field_commitment(name, salts[name], value) for part, (name, value) in named.items()}
+            )
         values = {"raw_request": raw_request, "prompt": prompt, "prompt_tokens": records.encode_tokens(prompt_tokens)}
         intent = Intent(
             boot_id=self.epoch.boot_id,
@@ -185,6 +195,7 @@ class Recorder:
             logprobs=logprobs,
             deployer_id=self._owner[0],
             retention_until=self._owner[1],
+            retrieval=retrieved,
             **{name: records.field_commitment(name, salts[name], value) for name, value in values.items()},
         )
         record, leaf_salt = records.encode_record(intent), secrets.token_bytes(32)

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any
 
 from countermark.errors import FormatError
-from countermark.formats import cbor
+from countermark.formats import cbor, retrieval
 from countermark.formats.schema import Rules, from_map, to_map
 from countermark.tlog import merkle
 
@@ -29,6 +29,7 @@ MAX_LEAF_BYTES = 512
 MAX_TOKENS = 1 << 20
 FINGERPRINT_BYTES = 16
 INTENT_FIELDS = ("prompt", "prompt_tokens", "raw_request")
+RETRIEVAL_FIELDS = tuple(f"retrieval.{name}" for name in retrieval.FIELDS)
 OUTCOME_FIELDS = ("fingerprints", "output_text", "output_tokens")
 FINISH_REASONS = ("stop", "eos", "length")
 EXACT_TIER = "exact"
@@ -133,6 +134,17 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Retrieval:
+    """What was retrieved for a request: field commitments, named `retrieval.<field>` (`formats.retrieval`)."""
+
+    corpus_root: bytes
+    index_parameters: bytes
+    embedder: bytes
+    query: bytes
+    chunks: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
     """Everything that decides an answer, committed before its first token is computed."""
 
@@ -153,6 +165,12 @@ class Intent:
     logprobs: bool
     deployer_id: str | None
     retention_until: str | None
+    retrieval: Retrieval | None = None
+
+    @property
+    def salted(self) -> tuple[str, ...]:
+        """The names of all field commitments, which are those of their salts."""
+        return INTENT_FIELDS if self.retrieval is None else (*INTENT_FIELDS, *RETRIEVAL_FIELDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,10 +253,16 @@ _KINDS: dict[Kind, type[Any]] = {
 _RULES = Rules(
     optional=(
         *("triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"),
-        *("divergence", "recorded_token", "local_token", "logit_gap"),
+        *("divergence", "recorded_token", "local_token", "logit_gap", "retrieval"),
     ),
     lengths={"nonce": 32, "request_id": 16},
-    nested={"stack": Stack, "sampling": Sampling, "previous": Previous, "divergence": Divergence},
+    nested={
+        "stack": Stack,
+        "sampling": Sampling,
+        "previous": Previous,
+        "divergence": Divergence,
+        "retrieval": Retrieval,
+    },
     choices={
         "platform": ("sim", "tdx", "vtpm"),
         "seed_origin": ("client", "server"),
@@ -386,11 +410,22 @@ def leaf_digest(leaf: Leaf) -> bytes:
     return merkle.leaf_hash(encode_leaf(leaf))
 
 
-def encode_input(*, messages: Sequence[tuple[str, str]] | None = None, prompt: str | None = None) -> bytes:
-    """The value of the field `prompt`: {"messages": [[role, content]...]} or {"prompt": text}; exactly one is given."""
+def encode_input(
+    *,
+    messages: Sequence[tuple[str, str]] | None = None,
+    values: Mapping[str, str] | None = None,
+    prompt: str | None = None,
+) -> bytes:
+    """The value of the field `prompt`: {"messages": [[role, content]...]} or {"prompt": text}; exactly one is given.
+
+    `values`: what the chat template was given beside the messages; a member of its own where there are any.
+    """
     if (messages is None) == (prompt is None):
         raise FormatError("input: expected either messages or a prompt", code="record.field")
-    return cbor.encode({"prompt": prompt} if messages is None else {"messages": [list(turn) for turn in messages]})
+    if messages is None:
+        return cbor.encode({"prompt": prompt})
+    turns = {"messages": [list(turn) for turn in messages]}
+    return cbor.encode({**turns, "values": dict(values)} if values else turns)
 
 
 def encode_tokens(tokens: Sequence[int]) -> bytes:

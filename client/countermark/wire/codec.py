@@ -22,6 +22,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from countermark.errors import FormatError, RequestError
 from countermark.formats import records
 from countermark.formats.receipt import Acceptance, encode_acceptance, parse_acceptance
+from countermark.formats.retrieval import Chunk, RetrievalSet
 from countermark.wire import countermark_v1_pb2 as pb
 
 SERVICE: Final = "countermark.v1.Countermark"
@@ -48,6 +49,9 @@ MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
 MAX_RESPONSE_BYTES: Final = 16 * 1024 * 1024
 MAX_MESSAGES: Final = 1024
 MAX_STOPS: Final = 64
+MAX_VALUES: Final = 16
+MAX_NAME: Final = 64
+MAX_VALUE: Final = 256
 MAX_LEAVES: Final = 1024
 """Of one GetLeaves answer."""
 ROLES: Final = ("system", "user", "assistant")
@@ -81,7 +85,7 @@ def parse_generate_request(data: bytes) -> pb.GenerateRequest:
     """Parse and cap a `GenerateRequest`.
 
     Raises `RequestError`: as `parse_message` and `check_nonce`, `request.input` (neither or both of messages and
-    prompt), `request.role`, `request.messages`, `request.stop`.
+    prompt), `request.role`, `request.messages`, `request.values`, `request.retrieval`, `request.stop`.
     """
     request = parse_message(pb.GenerateRequest, data)
     check_nonce(request.nonce)
@@ -94,6 +98,8 @@ def parse_generate_request(data: bytes) -> pb.GenerateRequest:
     for message in request.chat.messages:
         if message.role not in ROLES:
             raise RequestError(f"role: expected one of {ROLES}, got {message.role!r:.40}", code="request.role")
+    _check_values(request.chat.values)
+    retrieval(request)
     if len(request.stop) > MAX_STOPS:
         raise RequestError(f"stop: expected at most {MAX_STOPS}, got {len(request.stop)}", code="request.stop")
     return request
@@ -110,7 +116,26 @@ def input_value(request: pb.GenerateRequest) -> bytes:
     """The value of the INTENT's field `prompt`: the input as the client gave it."""
     if request.WhichOneof("input") == "prompt":
         return records.encode_input(prompt=request.prompt)
-    return records.encode_input(messages=[(turn.role, turn.content) for turn in request.chat.messages])
+    turns = [(turn.role, turn.content) for turn in request.chat.messages]
+    return records.encode_input(messages=turns, values=request.chat.values)
+
+
+def retrieval(request: pb.GenerateRequest) -> RetrievalSet | None:
+    """What the request says was retrieved. Raises `RequestError` (`request.retrieval`)."""
+    if not request.HasField("retrieval"):
+        return None
+    given = request.retrieval
+    chunks = [Chunk(id=one.id, start=one.start, end=one.end, score=one.score) for one in given.chunks]
+    try:
+        return RetrievalSet(
+            corpus_root=given.corpus_root,
+            index_parameters=given.index_parameters,
+            embedder=given.embedder,
+            query=given.query,
+            chunks=tuple(chunks),
+        )
+    except FormatError as err:
+        raise RequestError(str(err), code=err.code) from err
 
 
 def encode_generate_request(
@@ -131,8 +156,10 @@ def encode_generate_request(
     logit_bias: Mapping[int, float] | None = None,
     ignore_eos: bool | None = None,
     logprobs: int | None = None,
+    values: Mapping[str, str] | None = None,
+    retrieved: RetrievalSet | None = None,
 ) -> bytes:
-    """The bytes of a request under a fresh nonce. `messages`: (role, content) pairs.
+    """The bytes of a request under a fresh nonce. `messages`: (role, content) pairs. `values`: for the chat template.
 
     Raises `RequestError`: `request.<field>` for a value that does not fit its wire type, else as
     `parse_generate_request`.
@@ -159,6 +186,10 @@ def encode_generate_request(
             request.chat.messages.add(role=role, content=content)
         if messages is not None:
             request.chat.SetInParent()
+        elif values:
+            raise RequestError("values: expected messages, whose template reads them", code="request.values")
+        if values:
+            request.chat.values.update(values)
     except (TypeError, ValueError) as err:
         raise RequestError(f"input: {type(err).__name__}: expected text", code="request.input") from err
     _assign(
@@ -177,6 +208,8 @@ def encode_generate_request(
             request.sampling.logit_bias[token] = bias
     except (AttributeError, TypeError, ValueError) as err:
         raise RequestError("logit_bias: expected token ids and numbers", code="request.logit_bias") from err
+    if retrieved is not None:
+        request.retrieval.CopyFrom(_retrieval_message(retrieved))
     data = request.SerializeToString()
     parse_generate_request(data)
     return data
@@ -239,6 +272,25 @@ def logprobs(message: pb.Tokens, asked: int) -> tuple[tuple[int, float, tuple[tu
 def is_code(text: str) -> bool:
     """Whether a peer's text has the form of one of our codes (and can be printed)."""
     return len(text) <= 64 and _CODE.fullmatch(text) is not None
+
+
+def _check_values(values: Mapping[str, str]) -> None:
+    if len(values) > MAX_VALUES:
+        raise RequestError(f"values: expected at most {MAX_VALUES}, got {len(values)}", code="request.values")
+    for name, text in values.items():
+        if not name.isascii() or not name.isidentifier() or len(name) > MAX_NAME or len(text) > MAX_VALUE:
+            message = f"values: expected names of up to {MAX_NAME} letters and texts of up to {MAX_VALUE} characters"
+            raise RequestError(message, code="request.values")
+
+
+def _retrieval_message(value: RetrievalSet) -> pb.Retrieval:
+    return pb.Retrieval(
+        corpus_root=value.corpus_root,
+        index_parameters=value.index_parameters,
+        embedder=value.embedder,
+        query=value.query,
+        chunks=[pb.Chunk(id=one.id, start=one.start, end=one.end, score=one.score) for one in value.chunks],
+    )
 
 
 def _assign(message: Message, **values: object) -> None:

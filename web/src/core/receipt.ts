@@ -16,6 +16,7 @@ import { PROFILES } from "./numerics.js";
 import {
   FINGERPRINT_BYTES,
   INTENT_FIELDS,
+  RETRIEVAL_FIELDS,
   type Intent,
   MAX_RECORD_BYTES,
   MAX_TOKENS,
@@ -318,13 +319,26 @@ function checkRequest(
   request: Bytes,
 ): void {
   same("nonce", asked.nonce, intent.nonce, "receipt.nonce");
-  const salts = parseSalts(fieldSalts, INTENT_FIELDS);
+  const { retrieval } = intent;
+  if ((asked.retrieval === null) !== (retrieval === null)) {
+    throw refused("receipt.retrieval", "retrieval: expected in the record exactly what the request has of it");
+  }
+  const salts = parseSalts(fieldSalts, [
+    ...INTENT_FIELDS,
+    ...(retrieval ? RETRIEVAL_FIELDS.map((part) => `retrieval.${part}`) : []),
+  ]);
   const values = [
     ["raw_request", request, "receipt.request"],
     ["prompt", asked.input, "receipt.input"],
     ["prompt_tokens", cbor.encode([...promptTokens]), "receipt.prompt_tokens"],
   ] as const;
   for (const [name, value, code] of values) same(name, fieldCommitment(name, salts.get(name)!, value), intent[name], code);
+  if (asked.retrieval && retrieval) {
+    for (const part of RETRIEVAL_FIELDS) {
+      const name = `retrieval.${part}`;
+      same(name, fieldCommitment(name, salts.get(name)!, asked.retrieval[part]), retrieval[part], "receipt.retrieval");
+    }
+  }
 }
 
 function checkStack(intent: Intent, verdict: Verdict): void {

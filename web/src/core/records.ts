@@ -13,6 +13,7 @@ export const MAX_RECORD_BYTES = 256 * 1024;
 export const MAX_TOKENS = 1 << 20;
 export const FINGERPRINT_BYTES = 16;
 export const INTENT_FIELDS = ["prompt", "prompt_tokens", "raw_request"] as const;
+export const RETRIEVAL_FIELDS = ["chunks", "corpus_root", "embedder", "index_parameters", "query"] as const;
 export const OUTCOME_FIELDS = ["fingerprints", "output_text", "output_tokens"] as const;
 const SALT_BYTES = 32;
 const MAX_TEXT = 4096;
@@ -126,6 +127,13 @@ const SAMPLING = {
   seed: int((1n << 64n) - 1n),
   seed_origin: text("client", "server"),
 };
+const RETRIEVAL = {
+  corpus_root: bytes(),
+  index_parameters: bytes(),
+  embedder: bytes(),
+  query: bytes(),
+  chunks: bytes(),
+};
 const INTENT = {
   boot_id: bytes(),
   request_id: bytes(16),
@@ -144,6 +152,7 @@ const INTENT = {
   logprobs: bool,
   deployer_id: optional(text()),
   retention_until: optional(text()),
+  retrieval: optional(nested(RETRIEVAL)),
 };
 const OUTCOME = {
   boot_id: bytes(),

@@ -6,15 +6,22 @@
  * given has the protocol's default. The node's to choose are a seed and a `max_tokens` that were left open.
  */
 
-import { type Bytes, fromUtf8 } from "./bytes.js";
+import { type Bytes, fromUtf8, points } from "./bytes.js";
 import * as cbor from "./cbor.js";
 import { malformed, refused } from "./errors.js";
-import type { Intent } from "./records.js";
+import { type Intent, RETRIEVAL_FIELDS } from "./records.js";
 
 const MAX_REQUEST_BYTES = 4 * 1024 * 1024;
 const NONCE_BYTES = 32;
 const MAX_MESSAGES = 1024;
 const MAX_STOPS = 64;
+const MAX_VALUES = 16;
+const MAX_NAME = 64;
+const MAX_VALUE = 256;
+const DIGEST_BYTES = 32;
+const MAX_PARAMETERS_BYTES = 4096;
+const MAX_CHUNKS = 1024;
+const MAX_ID = 256;
 const ROLES = ["system", "user", "assistant"];
 const ONE_20BIT = 1 << 20;
 
@@ -31,6 +38,8 @@ export interface Asked {
   readonly prompt: string | null;
   readonly turns: readonly Turn[] | null;
   readonly input: Bytes;
+  /** Of each part of `retrieval`, what the INTENT commits to. */
+  readonly retrieval: Record<(typeof RETRIEVAL_FIELDS)[number], Bytes> | null;
   readonly settings: ReadonlyMap<string, Setting>;
 }
 
@@ -110,6 +119,8 @@ export function parseRequest(data: Bytes): Asked {
   const stop: string[] = [];
   const given = new Map<string, Setting>();
   const bias = new Map<bigint, number>();
+  const values = new Map<string, string>();
+  let found: Found | null = null;
   let strange = false; // asked at the end: what does not parse at all is refused as that
   const unknown = (): void => void (strange = true);
   const set = (name: string, read: (item: Wire) => Setting) => (item: Wire) => void given.set(name, read(item));
@@ -121,10 +132,15 @@ export function parseRequest(data: Bytes): Asked {
     });
     return found;
   };
+  const valueEntry = (item: Wire): void => {
+    let [name, value] = ["", ""];
+    readMessage(item.data, () => {}, { 1: [2, (part) => (name = text(part))], 2: [2, (part) => (value = text(part))] });
+    values.set(name, value);
+  };
   const chat = (item: Wire): void => {
     prompt = null;
     const list = (turns ??= []);
-    readMessage(item.data, unknown, { 1: [2, (part) => list.push(turn(part))] });
+    readMessage(item.data, unknown, { 1: [2, (part) => list.push(turn(part))], 2: [2, valueEntry] });
   };
   const entry = (item: Wire): void => {
     let [token, value] = [0n, 0];
@@ -149,12 +165,13 @@ export function parseRequest(data: Bytes): Asked {
     1: [2, (item) => (nonce = item.data)],
     2: [2, (item) => (model = text(item))],
     3: [2, chat],
-    4: [2, (item) => ([prompt, turns] = [text(item), null])],
+    4: [2, (item) => (([prompt, turns] = [text(item), null]), values.clear())],
     5: [0, set("max_tokens", u32)],
     6: [2, (item) => stop.push(text(item))],
     7: [2, sampling],
     8: [0, set("ignore_eos", (item) => item.number !== 0n)],
     9: [0, set("logprobs", u32)],
+    10: [2, (item) => readRetrieval(item.data, unknown, (found ??= nothingFound()))],
   });
   if (strange) throw bad("unknown_field", "request: a field that GenerateRequest does not have");
   if (nonce.length !== NONCE_BYTES) {
@@ -168,12 +185,77 @@ export function parseRequest(data: Bytes): Asked {
   }
   const stranger = list?.find(({ role }) => !ROLES.includes(role));
   if (stranger) throw bad("role", `role: expected one of ${ROLES.join(", ")}`);
+  if (values.size > MAX_VALUES) throw bad("values", `values: expected at most ${MAX_VALUES}, got ${values.size}`);
+  for (const [name, value] of values) {
+    if (!/^[A-Za-z_][A-Za-z0-9_]*$/.test(name) || name.length > MAX_NAME || points(value) > MAX_VALUE) {
+      const wanted = `names of up to ${MAX_NAME} letters and texts of up to ${MAX_VALUE} characters`;
+      throw bad("values", `values: expected ${wanted}`);
+    }
+  }
+  const retrieval = found && retrievalValues(found);
   if (stop.length > MAX_STOPS) throw bad("stop", `stop: expected at most ${MAX_STOPS}, got ${stop.length}`);
   const value: cbor.Value = list
-    ? cbor.mapOf({ messages: list.map(({ role, content }) => [role, content]) })
+    ? cbor.mapOf({
+        messages: list.map(({ role, content }) => [role, content]),
+        ...(values.size ? { values: cbor.mapOf(Object.fromEntries(values)) } : {}),
+      })
     : cbor.mapOf({ prompt: raw });
   const settings = settingsOf(given, bias, stop);
-  return { nonce, model, prompt: raw, turns: list, input: cbor.encode(value), settings };
+  return { nonce, model, prompt: raw, turns: list, input: cbor.encode(value), retrieval, settings };
+}
+
+interface Found {
+  corpus_root: Bytes;
+  index_parameters: Bytes;
+  embedder: Bytes;
+  query: Bytes;
+  chunks: { id: string; start: bigint; end: bigint; score: number }[];
+}
+const nothingFound = (): Found => {
+  const none = new Uint8Array();
+  return { corpus_root: none, index_parameters: none, embedder: none, query: none, chunks: [] };
+};
+
+function readRetrieval(data: Bytes, unknown: () => void, found: Found): void {
+  readMessage(data, unknown, {
+    1: [2, (item) => (found.corpus_root = item.data)],
+    2: [2, (item) => (found.index_parameters = item.data)],
+    3: [2, (item) => (found.embedder = item.data)],
+    4: [2, (item) => (found.query = item.data)],
+    5: [
+      2,
+      (item) => {
+        const chunk = { id: "", start: 0n, end: 0n, score: 0 };
+        readMessage(item.data, unknown, {
+          1: [2, (part) => (chunk.id = text(part))],
+          2: [0, (part) => (chunk.start = part.number)],
+          3: [0, (part) => (chunk.end = part.number)],
+          4: [1, (part) => (chunk.score = f64(part))],
+        });
+        found.chunks.push(chunk);
+      },
+    ],
+  });
+}
+
+/** Refuses `request.retrieval`. */
+function retrievalValues(found: Found): NonNullable<Asked["retrieval"]> {
+  const wrong = (name: string, expected: string) => bad("retrieval", `retrieval.${name}: expected ${expected}`);
+  for (const name of ["corpus_root", "embedder", "query"] as const) {
+    if (found[name].length !== DIGEST_BYTES) throw wrong(name, `${DIGEST_BYTES} bytes, got ${found[name].length}`);
+  }
+  if (found.index_parameters.length > MAX_PARAMETERS_BYTES) {
+    throw wrong("index_parameters", `at most ${MAX_PARAMETERS_BYTES} bytes, got ${found.index_parameters.length}`);
+  }
+  if (found.chunks.length > MAX_CHUNKS) throw wrong("chunks", `at most ${MAX_CHUNKS}, got ${found.chunks.length}`);
+  for (const { id, start, end, score } of found.chunks) {
+    if (!id || points(id) > MAX_ID || start > end || end >= 1n << 63n) {
+      throw wrong("chunks", `ids of 1 to ${MAX_ID} characters, and start up to end`);
+    }
+    if (!Number.isFinite(score)) throw wrong("chunks", "finite scores");
+  }
+  const { chunks, ...rest } = found;
+  return { ...rest, chunks: cbor.encode(chunks.map(({ id, start, end, score }) => [id, start, end, score])) };
 }
 
 /** What was given or has a default, by the name it has in a record, in the order the command line looks at it. */
