@@ -113,6 +113,11 @@ class Scene:
     world: World
     stranger: World
 
+    def close(self) -> None:
+        """Stop both machines' logs: they publish behind what is asked of them."""
+        for machine in (self.world.machine, self.stranger.machine):
+            machine.recorder.close()
+
     @property
     def good(self) -> Bundle:
         return self.world.bundle()
@@ -1297,12 +1302,14 @@ def export(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     index = []
     with tempfile.TemporaryDirectory() as work:
-        for number, item in enumerate(variants(make_scene(Path(work)))):
+        scene = make_scene(Path(work))
+        for number, item in enumerate(variants(scene)):
             stem = f"{number:03}-{item.group}-{re.sub('[^a-z0-9]+', '-', item.name.lower()).strip('-')}"
             (folder / f"{stem}.cmk").write_bytes(item.bundle)
             (folder / f"{stem}.toml").write_text(encode_policy(item.policy))
             says = {name: getattr(item, name) for name in ("at", "group", "name", "code", "step", "verdict")}
             index.append({"file": f"{stem}.cmk", "policy": f"{stem}.toml", **says})
+        scene.close()
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
     return len(index)
 
