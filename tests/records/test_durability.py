@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -14,9 +15,14 @@ from pathlib import Path
 import pytest
 from record_values import intent, open_recorder, outcome
 
+from countermark.errors import ConfigError, CountermarkError
+from countermark.formats.witnessed import boot_log_keys
+from countermark.logcheck import Rules, verify_log
+from countermark.logsource import directory as log_directory
 from countermark.tlog.merkle import leaf_hash
 from countermark_appliance.records import journal
 from countermark_appliance.records.journal import Frame
+from countermark_appliance.records.previous import read_sidecar
 
 WORKER = Path(__file__).with_name("log_worker.py")
 
@@ -149,3 +155,79 @@ def test_a_full_disk_refuses_what_is_new_and_ends_what_was_begun(tmp_path: Path)
     assert recorder.epoch.previous is not None
     assert recorder.epoch.previous.crashed == len(acknowledged)
     recorder.close()
+
+
+def test_a_read_only_directory_is_said_and_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system says it: tests run as root, whom no mode stops."""
+    open_recorder(tmp_path).close()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    real_open, real_mkdir = os.open, os.mkdir
+
+    def read_only(path: object, flags: int, *args: object, **options: object) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(tmp_path) in str(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real_open(path, flags, *args, **options)  # type: ignore[arg-type]
+
+    def no_mkdir(path: object, *args: object, **options: object) -> None:
+        if str(tmp_path) in str(path) and not Path(str(path)).is_dir():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        real_mkdir(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "mkdir", no_mkdir)
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ConfigError) as caught:
+            open_recorder(directory)
+        assert caught.value.code == "log.directory"
+        assert os.strerror(errno.EROFS) in str(caught.value)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_directory_that_becomes_read_only_ends_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The journal is open, so records stay durable; only the derived files stop, which is said."""
+    recorder = open_recorder(tmp_path)
+    committed = intent(recorder)
+
+    def read_only(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("countermark_appliance.records.publish._write", read_only)
+    recorder.receipt(outcome(recorder, committed))
+    recorder.close()
+    assert any("could not publish" in message and "EROFS" in message for message in caplog.messages)
+    monkeypatch.undo()
+    again = open_recorder(tmp_path)
+    assert again.epoch.previous is not None
+    assert (again.epoch.previous.size, again.epoch.previous.crashed) == (3, 0)
+    assert (tmp_path / recorder.epoch.boot_id.hex() / "checkpoint").exists()  # completed by the next start
+    again.close()
+
+
+@pytest.mark.parametrize("file", ["tile/0/000", "tile/entries/000", "tile/1/000.p/1", "checkpoint"])
+def test_a_flipped_bit_in_an_old_tile(tmp_path: Path, file: str) -> None:
+    """Found by whoever verifies the published log, and mended by the next start, which has the journal."""
+    recorder = open_recorder(tmp_path)
+    for _ in range(150):
+        outcome(recorder, intent(recorder))
+    recorder.close()
+    boot = tmp_path / recorder.epoch.boot_id.hex()
+    sidecar = read_sidecar(boot)
+
+    def verify() -> int:
+        keys = boot_log_keys(sidecar.keys)
+        return verify_log(log_directory(boot), sidecar.epoch.origin, keys, rules=Rules.BOOT).checkpoint.size
+
+    assert verify() == 301
+    path = boot / file
+    data = path.read_bytes()
+    for at in (len(data) - 33, len(data) // 2, len(data) - 1) if file != "checkpoint" else (100, 200, len(data) - 10):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(CountermarkError) as caught:
+            verify()
+        assert caught.value.exit_code in (20, 21)
+    open_recorder(tmp_path).close()
+    assert path.read_bytes() == data
+    assert verify() == 301
