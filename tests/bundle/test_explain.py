@@ -40,7 +40,7 @@ def test_the_texts_are_the_pages() -> None:
     container, digest = explain_code("bundle.container"), explain_code("bundle.digest")
     assert container is not None
     assert digest is not None
-    assert (container.meaning, digest.meaning) == ("not exactly our ZIP", "damaged")
+    assert (container.meaning, digest.meaning) == ("not exactly our ZIP", "not the bytes its manifest lists")
     assert explain_code("no.such_code") is None
     assert explain_skip("12") == explain_skip("13") != explain_skip("17")
     assert explain_check(Check(step="9", name="", status=Status.PASS)) is None
