@@ -21,7 +21,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import vectors
 from countermark import asked, bundle, x509chain
-from countermark.errors import BundleError, ConfigError, CountermarkError, FormatError, PolicyError, RequestError
+from countermark.errors import (
+    BundleError,
+    ConfigError,
+    CountermarkError,
+    FormatError,
+    PolicyError,
+    RequestError,
+    Undecidable,
+)
 from countermark.formats import (
     boot_events,
     cbor,
@@ -49,6 +57,7 @@ from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.config import parse_config
 from countermark_appliance.platform.sim import nvidia
 from countermark_appliance.platform.sim.machine import TdLaunch
+from countermark_appliance.replaying import parse_recorded
 from fuzz import mutator
 from one_answer import REQUEST, World, make_world
 from sim_evidence import NOW, Scene, machine, policy_for
@@ -158,6 +167,33 @@ def manifest_statements() -> list[bytes]:
 
 def epoch() -> bytes:
     return records.encode_record(world().machine.recorder.epoch)
+
+
+def replay_request() -> bytes:
+    return pb.ReplayRequest(
+        nonce=bytes(32),
+        request=REQUEST,
+        accepted=receipt.encode_acceptance(world().committed.acceptance),
+        answer=receipt.encode_answer(world().answer),
+        receipt=world().receipt,
+    ).SerializeToString()
+
+
+@cache
+def replayed() -> bytes:
+    found = records.Divergence(
+        part="diverged", position=1, recorded_token=5, local_token=6, fingerprint_equal=False, logit_gap=0.5
+    )
+    return world().machine.recorder.commit_replay(
+        nonce=bytes(32),
+        quote_digest=bytes(32),
+        attested_size=0,
+        receipt_digest=bytes(32),
+        mode="regenerate",
+        positions=3,
+        divergence=found,
+        started_us=1,
+    )
 
 
 def witnessed_starts() -> list[bytes]:
@@ -347,6 +383,17 @@ TARGETS: dict[str, Target] = {
         covers=("formats.records.parse_outcome", "formats.records.parse_epoch"),
         mutators=(mutator.mutate, mutator.mutate_cbor),
     ),
+    "REPLAY": Target(
+        parse=records.parse_replay,
+        seeds=lambda: [receipt.parse_replay_receipt(replayed()).payload.replay.record],
+        covers=("formats.records.parse_replay",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "receipt of a replay": Target(
+        parse=receipt.parse_replay_receipt,
+        seeds=lambda: [replayed()],
+        covers=("formats.receipt.parse_replay_receipt",),
+    ),
     "salts": Target(
         parse=lambda data: records.parse_salts(data, records.INTENT_FIELDS),
         seeds=lambda: [world().committed.acceptance.field_salts],
@@ -415,6 +462,12 @@ TARGETS: dict[str, Target] = {
         seeds=lambda: [REQUEST],
         covers=("asked.parse_request", "wire.codec.parse_generate_request", "wire.codec.parse_message"),
         errors=(FormatError, RequestError),
+    ),
+    "replay request": Target(
+        parse=lambda data: parse_recorded(codec.parse_replay_request(data)),
+        seeds=lambda: [replay_request()],
+        covers=("wire.codec.parse_replay_request", "replaying.parse_recorded"),
+        errors=(FormatError, RequestError, Undecidable),
     ),
     "response": Target(parse=codec.parse_response, seeds=responses, covers=("wire.codec.parse_response",)),
 }
