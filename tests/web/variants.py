@@ -511,6 +511,11 @@ def then(*steps: Make) -> Make:
     return make
 
 
+def anchors(**change: object) -> bytes:
+    item = {"kind": "ots", "checkpoint": b"", "proof": [], "token": b"", **change}
+    return cbor.encode({"v": 1, "anchors": [item]})
+
+
 REDACTED: dict[str, Make] = {
     "without the prompt": redacted(prompt=True),
     "without the output": redacted(output=True),
@@ -540,6 +545,16 @@ REDACTED: dict[str, Make] = {
         redacted(prompt=True, output=True), cose(lambda p: p[3][0].__setitem__(2, flip(p[3][0][2], 5)))
     ),
     "redacted, index changed": then(redacted(output=True), edit("accepted.cbor", put("leaf_index", 0))),
+    "EPOCH that is none": entries(put("epoch.cbor", b"x")),
+    "EPOCH empty": entries(put("epoch.cbor", b"")),
+    "witness that is none": entries(put("witness.cbor", cbor.encode({"v": 1}))),
+    "witness of another version": entries(put("witness.cbor", cbor.encode({"v": 2, "checkpoint": b"", "proof": []}))),
+    "no anchors": entries(put("anchors.cbor", cbor.encode({"v": 1, "anchors": []}))),
+    "anchors of another version": entries(put("anchors.cbor", cbor.encode({"v": 2, "anchors": []}))),
+    "anchor of another kind": entries(put("anchors.cbor", anchors(kind="sundial"))),
+    "anchor with a short hash": entries(put("anchors.cbor", anchors(proof=[b"x"]))),
+    "anchor with a long token": entries(put("anchors.cbor", anchors(token=bytes(65537)))),
+    "anchor with a field more": entries(put("anchors.cbor", anchors(more=1))),
     "anchors before the witness": entries(lambda f: f.update({"anchors.cbor": b"x", "witness.cbor": b"y"})),
 }
 MANIFEST: dict[str, Make] = {

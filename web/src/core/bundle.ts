@@ -4,6 +4,7 @@
  * that every byte of the file is accounted for. The digests in it find damage, not forgery.
  */
 
+import { MAX_ANCHORS_BYTES, parseAnchors } from "./anchors.js";
 import { type Bytes, concat, equal, le, sha256, uintLe, utf8 } from "./bytes.js";
 import * as cbor from "./cbor.js";
 import { Refusal, refused } from "./errors.js";
@@ -11,6 +12,7 @@ import { MAX_EVIDENCE_BYTES } from "./evidence.js";
 import { MAX_MANIFEST_BYTES } from "./manifest.js";
 import { OUTCOME_FIELDS, parseSalts } from "./records.js";
 import { type Acceptance, type Answer, MAX_RECEIPT_BYTES, parseAcceptance, parseAnswer } from "./receipt.js";
+import { MAX_RECEIPT_WITNESS_BYTES, MAX_WITNESSED_BYTES, parseReceiptWitness, parseWitnessed } from "./witness.js";
 
 const MIB = 1024 * 1024;
 const MAX_BUNDLE_BYTES = 64 * MIB;
@@ -22,9 +24,9 @@ const ENTRIES: readonly (readonly [name: string, most: number, optional: boolean
   ["receipt.cose", MAX_RECEIPT_BYTES, false],
   ["evidence.cbor", MAX_EVIDENCE_BYTES, false],
   ["measurements.json", MAX_MANIFEST_BYTES, true],
-  ["epoch.cbor", MIB, true],
-  ["witness.cbor", MIB, true],
-  ["anchors.cbor", 2 * MIB, true],
+  ["epoch.cbor", MAX_WITNESSED_BYTES, true],
+  ["witness.cbor", MAX_RECEIPT_WITNESS_BYTES, true],
+  ["anchors.cbor", MAX_ANCHORS_BYTES, true],
 ];
 const REPLY_FIELDS = OUTCOME_FIELDS.filter((name) => name !== "fingerprints");
 const LOCAL_BYTES = 30;
@@ -87,6 +89,10 @@ export function parseBundle(data: Bytes): Bundle {
     anchors: entries.get("anchors.cbor") ?? null,
   };
   refuseHalfRedacted(bundle);
+  // Judged or not, no byte of them is unaccounted for.
+  if (bundle.epoch) parseWitnessed(bundle.epoch);
+  if (bundle.witness) parseReceiptWitness(bundle.witness);
+  if (bundle.anchors) parseAnchors(bundle.anchors);
   return bundle;
 }
 

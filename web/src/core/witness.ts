@@ -17,8 +17,8 @@ import type { Policy } from "./policy.js";
 import { MAX_RECORD_BYTES, leafDigest, parseEpoch } from "./records.js";
 import type { Steps, Verdict } from "./steps.js";
 
-const MAX_WITNESSED_BYTES = 2 * MAX_NOTE_BYTES + MAX_RECORD_BYTES + 16 * 1024;
-const MAX_RECEIPT_WITNESS_BYTES = MAX_NOTE_BYTES + 16 * 1024;
+export const MAX_WITNESSED_BYTES = 2 * MAX_NOTE_BYTES + MAX_RECORD_BYTES + 16 * 1024;
+export const MAX_RECEIPT_WITNESS_BYTES = MAX_NOTE_BYTES + 16 * 1024;
 const MAX_INDEX = (1n << 63n) - 2n;
 const SALT_BYTES = 32;
 const RECEIPT = "log witnesses of the receipt";
@@ -27,7 +27,7 @@ const RECEIPT = "log witnesses of the receipt";
 export function verifyWitnessed(data: Bytes | null, verdict: Verdict, policy: Policy, steps: Steps): string[] {
   const named = policy.operatorLog.length > 0;
   if (!named || (!data?.length && !policy.witnessesRequired)) {
-    const why = named ? "the node shows no EPOCH in it" : "the policy names no operator log";
+    const why = named ? "no EPOCH in it was shown" : "the policy names no operator log";
     steps.skip("20", `unwitnessed: ${why}; nobody else is known to have seen this log`);
     return [];
   }
@@ -52,11 +52,10 @@ export function verifyReceiptWitness(
   if (!policy.witnesses.length || (data === null && !required)) return;
   steps.step("20", (detail) => {
     if (data === null) throw unwitnessed("the receipt's checkpoint", policy, []);
-    const value = fields(data, "receipt_witness", MAX_RECEIPT_WITNESS_BYTES, { checkpoint: "bytes", proof: "list" });
-    const proof = proofOf("receipt_witness", value.list("proof"));
-    const head = openBoot(value.bytes("checkpoint"), verdict);
+    const { checkpoint, proof } = parseReceiptWitness(data);
+    const head = openBoot(checkpoint, verdict);
     verifyConsistency(before.size, head.size, before.root, head.root, proof);
-    const names = counted(value.bytes("checkpoint"), policy, "the receipt's checkpoint", required);
+    const names = counted(checkpoint, policy, "the receipt's checkpoint", required);
     detail(`sizes ${before.size}, ${head.size}; witnessed by ${names.join(", ") || "nobody"}`);
   }, "", RECEIPT);
 }
@@ -64,7 +63,8 @@ export function verifyReceiptWitness(
 export const witnessedBy = (names: readonly string[]): string =>
   names.length ? `witnessed by ${names.join(", ")}` : "unwitnessed";
 
-function verifyEpoch(data: Bytes, verdict: Verdict, policy: Policy): [Checkpoint, bigint, Bytes] {
+/** Refuses `cbor.*`, `witnessed.field`. */
+export function parseWitnessed(data: Bytes) {
   const value = fields(data, "witnessed", MAX_WITNESSED_BYTES, {
     record: "bytes",
     salt: "bytes",
@@ -74,13 +74,30 @@ function verifyEpoch(data: Bytes, verdict: Verdict, policy: Policy): [Checkpoint
     boot_proof: "list",
     boot_checkpoint: "bytes",
   });
-  const [record, salt, index] = [value.bytes("record"), value.bytes("salt"), value.int("index")];
+  const [salt, index] = [value.bytes("salt"), value.int("index")];
   if (salt.length !== SALT_BYTES) {
     throw malformed("witnessed.field", `witnessed: expected a salt of ${SALT_BYTES} bytes, got ${salt.length}`);
   }
   if (index < 0n || index > MAX_INDEX) throw malformed("witnessed.field", "witnessed.index: expected at most 63 bits");
-  const proof = proofOf("witnessed", value.list("proof"));
-  const bootProof = proofOf("witnessed", value.list("boot_proof"));
+  return {
+    record: value.bytes("record"),
+    salt,
+    index,
+    proof: proofOf("witnessed", value.list("proof")),
+    checkpoint: value.bytes("checkpoint"),
+    bootProof: proofOf("witnessed", value.list("boot_proof")),
+    bootCheckpoint: value.bytes("boot_checkpoint"),
+  };
+}
+
+/** Refuses `cbor.*`, `receipt_witness.field`. */
+export function parseReceiptWitness(data: Bytes) {
+  const value = fields(data, "receipt_witness", MAX_RECEIPT_WITNESS_BYTES, { checkpoint: "bytes", proof: "list" });
+  return { checkpoint: value.bytes("checkpoint"), proof: proofOf("receipt_witness", value.list("proof")) };
+}
+
+function verifyEpoch(data: Bytes, verdict: Verdict, policy: Policy): [Checkpoint, bigint, Bytes] {
+  const { record, salt, index, proof, checkpoint, bootProof, bootCheckpoint } = parseWitnessed(data);
   const epoch = parseEpoch(record);
   const { claims } = verdict;
   const same = [
@@ -91,13 +108,13 @@ function verifyEpoch(data: Bytes, verdict: Verdict, policy: Policy): [Checkpoint
   for (const [name, wanted, got] of same) {
     if (wanted !== got) throw refused("log.operator", `${name} of the EPOCH: expected ${wanted}, got ${got}`);
   }
-  const boot = openBoot(value.bytes("boot_checkpoint"), verdict);
+  const boot = openBoot(bootCheckpoint, verdict);
   verifyInclusion(0n, boot.size, leafDigest("epoch", epoch.boot_id, null, record, salt, 0n), bootProof, boot.root);
   const [classic, later] = [ED25519, ML_DSA_44].map((kind) => policy.operatorLog.find((key) => key.kind === kind)!);
-  const head = verifyCheckpoint(value.bytes("checkpoint"), classic!.name, classic!.key, later!.key);
+  const head = verifyCheckpoint(checkpoint, classic!.name, classic!.key, later!.key);
   const leaf = cbor.encode(cbor.mapOf({ v: 1n, type: "operator-epoch", record, salt }));
   verifyInclusion(index, head.size, leafHash(leaf), proof, head.root);
-  return [head, index, value.bytes("checkpoint")];
+  return [head, index, checkpoint];
 }
 
 const openBoot = (data: Bytes, { claims, keys }: Verdict): Checkpoint =>
