@@ -13,8 +13,10 @@ from judges import Case, page_results, python_says, said
 from countermark.appraise import Scope, appraise
 from countermark.bundle import Bundle, encode_bundle
 from countermark.formats.receipt import parse_receipt
+from countermark.formats.retrieval import Chunk, RetrievalSet
 from countermark.numerics import CURRENT
 from countermark.policy import Policy, Profile, Waiver, encode_policy, new_policy
+from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.records.signer import Signer
 from one_answer import (
@@ -43,7 +45,8 @@ def answered(machine: Machine, evidence: bytes, *, asked: bytes = REQUEST, **cha
     outcome = {name.removeprefix("out_"): value for name, value in changes.items() if name.startswith("out_")}
     intent = {name: value for name, value in changes.items() if not name.startswith("out_")}
     verdict = appraise(evidence, machine.policy, now=NOW, scope=Scope.BUNDLE)
-    committed = machine.intent(verdict, **{"raw_request": asked, **intent})
+    nonce = pb.GenerateRequest.FromString(asked).nonce
+    committed = machine.intent(verdict, **{"raw_request": asked, "nonce": nonce, **intent})
     completed = machine.outcome(committed, **outcome)
     told = answer(completed)
     return Bundle(
@@ -65,6 +68,25 @@ def bare() -> bytes:
     return data
 
 
+DOCUMENTS = RetrievalSet(
+    corpus_root=bytes([1]) * 32,
+    index_parameters=b"k=2",
+    embedder=bytes([2]) * 32,
+    query=bytes([3]) * 32,
+    chunks=(Chunk(id="one", start=0, end=1 << 40, score=0.75), Chunk(id="two", start=5, end=5, score=0.1)),
+)
+WITH_DOCUMENTS = codec.encode_generate_request(
+    messages=[("user", "Which city is the capital of France?")],
+    model="tiny",
+    max_tokens=8,
+    stop=["\n\n"],
+    temperature=0.5,
+    top_k=20,
+    top_p=0.9,
+    seed=7,
+    logit_bias={3: -1.5},
+    retrieved=DOCUMENTS,
+)
 OPEN = replace(SAMPLING, temperature=0.0, top_k=0, top_p_20bit=1 << 20, logit_bias=(), seed=99, seed_origin="server")
 INTENTS: tuple[dict[str, Any], ...] = (
     {},
@@ -104,6 +126,11 @@ INTENTS: tuple[dict[str, Any], ...] = (
     {"asked": request(sampling_temperature=-0.0), "sampling": replace(SAMPLING, temperature=0.0)},
     {"asked": request(sampling_temperature=0.1), "sampling": replace(SAMPLING, temperature=0.10000000149011612)},
     {"asked": request(sampling_seed=(1 << 64) - 1), "sampling": replace(SAMPLING, seed=(1 << 64) - 1)},
+    {"asked": WITH_DOCUMENTS, "retrieval": DOCUMENTS},
+    {"asked": WITH_DOCUMENTS},
+    {"retrieval": DOCUMENTS},
+    {"asked": WITH_DOCUMENTS, "retrieval": replace(DOCUMENTS, query=bytes(32))},
+    {"asked": WITH_DOCUMENTS, "retrieval": replace(DOCUMENTS, chunks=DOCUMENTS.chunks[:1])},
     {"out_cached_tokens": 5},
     {"out_cached_tokens": 4},
     {"out_finish_reason": "length"},

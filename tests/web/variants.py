@@ -247,6 +247,18 @@ CONTAINER: dict[str, Make] = {
     ),
     "receipt too long": entry("receipt.cose", lambda data: data + bytes(1 << 20)),
 }
+
+
+def retrieved(message: pb.GenerateRequest, **change: Any) -> None:
+    """What was retrieved, well-formed but for `change`."""
+    found = message.retrieval
+    chunk = {"id": "page 1", "start": 3, "end": 9, "score": 0.5}
+    whole = {"corpus_root": bytes(32), "embedder": bytes(32), "query": bytes(32), "index_parameters": b"k=4"}
+    for name, value in (whole | {key: value for key, value in change.items() if key in whole}).items():
+        setattr(found, name, value)
+    found.chunks.add(**(chunk | {key: value for key, value in change.items() if key in chunk}))
+
+
 REQUEST: dict[str, Make] = {
     "request nonce": request(lambda r: setattr(r, "nonce", bytes(32))),
     "request nonce short": request(lambda r: setattr(r, "nonce", b"x")),
@@ -269,6 +281,17 @@ REQUEST: dict[str, Make] = {
     "request with the field zero": entry("request.bin", lambda data: data + b"\x00\x00"),
     "request with text that is none": entry("request.bin", lambda data: data + b"\x12\x02\xff\xfe"),
     "request with a setting twice": entry("request.bin", lambda data: data + b"\x28\x09"),
+    "request with a value for the template": request(lambda r: r.chat.values.update(date="today")),
+    "request with a value of a bad name": request(lambda r: r.chat.values.update({"da te": "today"})),
+    "request with a long value": request(lambda r: r.chat.values.update(date="x" * 257)),
+    "request with many values": request(lambda r: r.chat.values.update({f"v{i}": "" for i in range(17)})),
+    "request with what was retrieved": request(retrieved),
+    "request with a short corpus root": request(lambda r: retrieved(r, corpus_root=b"x")),
+    "request with long index parameters": request(lambda r: retrieved(r, index_parameters=bytes(4097))),
+    "request with a chunk that ends first": request(lambda r: retrieved(r, end=1)),
+    "request with a chunk without id": request(lambda r: retrieved(r, id="")),
+    "request with a score that is none": request(lambda r: retrieved(r, score=float("inf"))),
+    "request with an empty retrieval": request(lambda r: r.retrieval.SetInParent()),
     "request empty": entry("request.bin", lambda _data: b""),
 }
 ACCEPTED: dict[str, Make] = {
