@@ -42,3 +42,11 @@ def nonce(text: str) -> bytes:
     if not re.fullmatch("[0-9a-fA-F]{64}", text):
         raise argparse.ArgumentTypeError(f"expected a nonce of 64 hex digits, got {text!r}")
     return bytes.fromhex(text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=TEXT."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=TEXT, got {text!r}")
+    return name, value

@@ -126,6 +126,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--min-p", type=float)
     chat.add_argument("--seed", type=int, help="drawn by the node, and recorded, when absent")
     chat.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    chat.add_argument(
+        "--value",
+        action="append",
+        default=[],
+        type=arguments.pair,
+        metavar="NAME=TEXT",
+        help="what the chat template would take from a clock, such as date_string; may be repeated",
+    )
     chat.add_argument("--bundle", type=Path, help="save the answer with its proof to this file")
     chat.add_argument("--manifest", type=Path, help="signed measurement manifest to put into the bundle")
     for online in (attest, chat):
@@ -236,6 +244,7 @@ def _chat(args: argparse.Namespace) -> None:
             messages=[*turns, ("user", prompt)],
             max_tokens=args.max_tokens,
             stop=tuple(args.stop),
+            values=dict(args.value),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
