@@ -67,6 +67,8 @@ def test_signature_schemes(authority: Authority, key: Any, scheme: str, hash_nam
     other = Authority(authority.root, authority.between, authority.stamper(key=key))
     verified(other.token(MESSAGE, scheme=scheme, hash_name=hash_name), authority)
     verified(other.token(MESSAGE, scheme=scheme, hash_name=hash_name, legacy=True), authority)
+    token = other.token(MESSAGE, scheme=scheme, hash_name=hash_name)
+    refused("anchor.signature", token[:-1] + bytes([token[-1] ^ 1]), authority)  # the signature is what it ends with
 
 
 def test_a_certificate_below_a_root_can_be_pinned(authority: Authority) -> None:
