@@ -312,8 +312,8 @@ def _verify_outcome(
     without = ", ".join(name for name, held in there.items() if not held)
     with steps.step("17", "the answer that was streamed", without=without) as detail:
         _check_answer(outcome, answer, accepted)
-        held = " and ".join(name for name, held in there.items() if held) or "counts and end"
-        detail.append(f"{held} of {outcome.output_count} tokens; finish reason {outcome.finish_reason}")
+        held = ", ".join(name for name, held in there.items() if held) or "counts and end alone"
+        detail.append(f"{outcome.output_count} tokens: {held}; finish reason {outcome.finish_reason}")
     with steps.step("18", "one log, grown from the attested head") as detail:
         checkpoint = _check_log(payload, outcome, accepted)
         detail.append(f"sizes {verdict.claims.log_size}, {accepted.checkpoint.size}, {checkpoint.size}")
