@@ -283,6 +283,8 @@ JUSTIFIED = {  # they bound other fields, or what may be pinned, or decide elsew
     "witnesses": "as operator_log",
     "witnesses_required": "as operator_log",
     "witnessed": "as operator_log",
+    "tsa_roots": "no part of an appraisal: step 21 of a bundle, in tests/anchors",
+    "tsa_policies": "as tsa_roots",
 }
 
 

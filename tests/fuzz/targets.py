@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import vectors
+from anchors.tsa import Authority, response
 from countermark import asked, bundle, x509chain
 from countermark.errors import (
     BundleError,
@@ -31,6 +32,7 @@ from countermark.errors import (
     Undecidable,
 )
 from countermark.formats import (
+    anchors,
     boot_events,
     cbor,
     cose_key,
@@ -39,11 +41,13 @@ from countermark.formats import (
     evidence,
     manifest,
     nvidia_evidence,
+    ots,
     quote,
     receipt,
     records,
     report_data,
     spdm,
+    timestamp,
     witnessed,
 )
 from countermark.gpu.report import DICE_FWID
@@ -62,6 +66,7 @@ from fuzz import mutator
 from one_answer import REQUEST, World, make_world
 from sim_evidence import NOW, Scene, machine, policy_for
 
+OTS = Path(__file__).parents[1] / "data" / "ots"
 Mutate = Callable[[random.Random, bytes, bytes], bytes]
 
 
@@ -194,6 +199,24 @@ def replayed() -> bytes:
         divergence=found,
         started_us=1,
     )
+
+
+@cache
+def stamp() -> bytes:
+    return Authority().token(b"a note")
+
+
+def dated() -> list[bytes]:
+    found = [bytes.fromhex(path.read_text()) for path in sorted(OTS.glob("*.ots.hex"))]
+    return [data for data in found if _parses(data)]
+
+
+def _parses(data: bytes) -> bool:
+    try:
+        ots.parse_proof(data)
+    except FormatError:  # with RIPEMD-160, as nobody writes any more
+        return False
+    return True
 
 
 def witnessed_starts() -> list[bytes]:
@@ -446,6 +469,35 @@ TARGETS: dict[str, Target] = {
             str(cosignature.VerifierKey(name="log.example", kind=6, public=bytes(1312))).encode(),
         ],
         covers=("tlog.cosignature.parse_vkey",),
+    ),
+    "anchors": Target(
+        parse=anchors.parse_anchors,
+        seeds=lambda: [
+            anchors.encode_anchors(
+                [
+                    anchors.Anchor(kind=kind, checkpoint=b"a note", proof=(bytes(32),), token=token)
+                    for kind, token in ((anchors.AnchorKind.RFC3161, stamp()), (anchors.AnchorKind.OTS, dated()[0]))
+                ]
+            )
+        ],
+        covers=("formats.anchors.parse_anchors",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "time stamp": Target(
+        parse=timestamp.parse_token,
+        seeds=lambda: [stamp()],
+        covers=("formats.timestamp.parse_token",),
+    ),
+    "time stamp's answer": Target(
+        parse=timestamp.parse_response,
+        seeds=lambda: [response(None, 2), response(stamp())],
+        covers=("formats.timestamp.parse_response",),
+    ),
+    "OpenTimestamps proof": Target(parse=ots.parse_proof, seeds=dated, covers=("formats.ots.parse_proof",)),
+    "block headers": Target(
+        parse=ots.parse_headers,
+        seeds=lambda: [(OTS / f"block-{height}.txt").read_bytes() for height in (0, 358391)],
+        covers=("formats.ots.parse_headers",),
     ),
     "entry bundle": Target(
         parse=lambda data: tiles.parse_entries(data, 3),
