@@ -389,8 +389,8 @@ export function verifyReceipt(
   const named = (held: boolean) => there.filter(([, here]) => here === held).map(([name]) => name);
   step("17", (detail) => {
     checkAnswer(outcome, answer, accepted);
-    const held = named(true).join(" and ") || "counts and end";
-    detail(`${held} of ${outcome.output_count} tokens; finish reason ${outcome.finish_reason}`);
+    const held = named(true).join(", ") || "counts and end alone";
+    detail(`${outcome.output_count} tokens: ${held}; finish reason ${outcome.finish_reason}`);
   }, named(false).join(", "));
   return step("18", (detail) => {
     const checkpoint = checkLog(receipt, outcome, accepted, verdict);
