@@ -319,6 +319,29 @@ def appraisal_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def records_table(result: dict[str, Any]) -> str:
+    """What the records cost, without an engine."""
+    log, machine = result["verified"], result["machine"]
+    lines = ["| records, no engine | on a disk | in memory |", "|---|---|---|"]
+    for key, name in (("intents", "durable INTENTs"), ("receipts", "INTENT, OUTCOME and receipt")):
+        shown = [f"{result[where][key]['per_s']:,.0f} a second" for where in ("disk", "memory")]
+        lines.append(f"| {name}, {result['concurrent']} at a time | {' | '.join(shown)} |")
+    shown = [f"{result[where]['alone']['median_ms']:.1f} ms" for where in ("disk", "memory")]
+    lines.append(f"| added before the first token, one at a time, median | {' | '.join(shown)} |")
+    peak, small = log["peak_mib"], log["peak_mib_of_1000_leaves"]
+    rate, wait = result["disk"]["intents"]["per_s"], result["disk"]["alone"]["median_ms"]
+    lines += [
+        "",
+        f"The best of {result['rounds']} rounds on a machine that others were using. The aims, on a disk, are 2,000",
+        f"INTENTs a second ({'met' if rate >= 2000 else 'missed'}) and 2 ms ({'met' if wait <= 2 else 'missed'}).",
+        f"Verifying a log of {log['leaves']:,} leaves in files took {log['seconds']:.0f} s and {peak:.0f} MiB"
+        f" ({small:.0f} MiB for 1,000 leaves).",
+        f"{machine['cpu']}, {machine['cores']} shared cores, {machine['date']}; `bench/records.py`,",
+        "[numbers](bench/results/records.json).",
+    ]
+    return "\n".join(lines)
+
+
 def engine_section(file: Path) -> str:
     """The engine on a GPU, or that nobody has measured it."""
     if not file.exists():
@@ -335,6 +358,7 @@ def rendered() -> dict[str, str]:
     return {
         "engine": engine_section(RESULTS / "gpu-engine.json"),
         "appraisal": appraisal_table(json.loads((RESULTS / "appraisal.json").read_text())),
+        "records": records_table(json.loads((RESULTS / "records.json").read_text())),
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),

@@ -75,12 +75,16 @@ def add_commands(commands: Any, command: Command) -> None:
     _source(consistency)
     consistency.add_argument("old", type=Path, metavar="NOTE", help="the older checkpoint, signed by the same log")
 
-    witness = command(actions, "witness", _witness, "follow an operator log and cosign what only grows", json_=True)
+    witness = command(actions, "witness", _witness, "follow a log and cosign what only grows", json_=True)
     witness.add_argument("source", metavar="SOURCE", help="directory or https URL")
     witness.add_argument("--state", type=Path, required=True, metavar="DIR", help="what was cosigned last; keep it")
     witness.add_argument("--key", type=Path, required=True, metavar="FILE", help="of `log keygen`")
     witness.add_argument(
-        "--operator", action="append", required=True, metavar="VKEY", help="both of the log's keys, or a file of them"
+        "--operator",
+        action="append",
+        default=[],
+        metavar="VKEY",
+        help="both keys of an operator log, or a file of them; without, SOURCE is a start's log, under its own keys",
     )
     witness.add_argument("--out", type=Path, metavar="FILE", help="write the cosigned checkpoint here, too")
     when = witness.add_mutually_exclusive_group()
@@ -139,15 +143,13 @@ def _opened(args: argparse.Namespace) -> Iterator[Opened]:
         origin, keys = log_keys(_vkeys(args.key))
         yield Opened(source=source, origin=origin, keys=keys, rules=rules, vouched="the keys given")
         return
-    data = None if args.operator else source.sidecar()
-    if data is None:
-        message = "--key: expected both of the log's verifier keys, got none"
-        raise UsageError(message, code="usage.log")
-    sidecar = parse_sidecar(data)
+    if args.operator:
+        raise UsageError("--key: expected both of the log's verifier keys, got none", code="usage.log")
+    origin, keys = _own_keys(source)
     yield Opened(
         source=source,
-        origin=sidecar.epoch.origin,
-        keys=boot_log_keys(sidecar.keys),
+        origin=origin,
+        keys=keys,
         rules=rules,
         vouched="the keys that lie beside the log, which nobody vouches for",
     )
@@ -216,9 +218,11 @@ def _proven(opened: Opened, head: Checkpoint, proof: tuple[bytes, ...]) -> dict[
 
 def _witness(args: argparse.Namespace) -> None:
     keys = load_keys(args.key, passphrase=read_passphrase(args.passphrase_file))
-    origin, operator = log_keys(_vkeys(args.operator))
     source = logsource.static(args.source)
-    witness = Witness(args.state, keys, origin, operator)
+    if args.operator:
+        witness = Witness(args.state, keys, *log_keys(_vkeys(args.operator)))
+    else:
+        witness = Witness(args.state, keys, *_own_keys(source), rules=Rules.BOOT)
     stop = threading.Event()
     if args.every is not None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -244,13 +248,23 @@ def _round(args: argparse.Namespace, witness: Witness, source: Source) -> None:
         size = 0 if seen is None else seen.size
         return _print(args, {"cosigned": None, "size": size}, f"nothing new: {size} leaves")
     head = signed.log.checkpoint
-    if (folder := Path(args.source)).is_dir():
+    if args.operator and (folder := Path(args.source)).is_dir():  # a start's checkpoint is its node's to write
         cosigned.add_lines(folder, signed.log.note, signed.lines)
     text = encode_note(Note(text=checkpoint_text(head), signatures=signed.lines))
     if args.out is not None:
         write_file(args.out, with_lines(signed.log.note, signed.lines), mode=0o644)
     value = {"cosigned": text.decode(), "size": head.size, "root": head.root.hex()}
     return _print(args, value, f"cosigned {head.origin}: {head.size} leaves, root {head.root.hex()}")
+
+
+def _own_keys(source: logsource.TileSource) -> tuple[str, LogKeys]:
+    """Origin and keys that lie beside a start's log. Raises `UsageError` (`usage.log`)."""
+    data = source.sidecar()
+    if data is None:
+        message = "log: expected that of a start, with its EPOCH beside it, or both of its verifier keys"
+        raise UsageError(message, code="usage.log")
+    sidecar = parse_sidecar(data)
+    return sidecar.epoch.origin, boot_log_keys(sidecar.keys)
 
 
 def _keygen(args: argparse.Namespace) -> None:

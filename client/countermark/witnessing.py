@@ -46,7 +46,9 @@ class Cosigned:
 class Witness:
     """One witness of one log. Holds its state file exclusively until closed."""
 
-    def __init__(self, state: Path, keys: SigningKeys, origin: str, log_keys: LogKeys) -> None:
+    def __init__(
+        self, state: Path, keys: SigningKeys, origin: str, log_keys: LogKeys, *, rules: Rules = Rules.OPERATOR
+    ) -> None:
         """`state`: a directory, made if absent. Raises `UsageError` (`usage.file`, `usage.locked`)."""
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,6 +63,7 @@ class Witness:
         self._keys = keys
         self._origin = origin
         self._log_keys = log_keys
+        self._rules = rules
         named = hashlib.sha256(origin.encode() + b"\n" + log_keys.ed25519 + log_keys.ml_dsa_44).hexdigest()
         self._file = state / f"{named}.head"
 
@@ -87,7 +90,7 @@ class Witness:
         ours = {(key.name, key.key_id) for key in self._keys.as_witness}
         if seen is not None and parse_note(note).text == checkpoint_text(seen) and ours <= signed:
             return None
-        log = verify_log(source, self._origin, self._log_keys, rules=Rules.OPERATOR, since=seen, note=note)
+        log = verify_log(source, self._origin, self._log_keys, rules=self._rules, since=seen, note=note)
         head = log.checkpoint
         if head.size == 0:
             return None

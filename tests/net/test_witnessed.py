@@ -328,6 +328,11 @@ def test_the_commands(tmp_path: Path, starts: Starts, capsys: pytest.CaptureFixt
     vkeys = starts.path / "vkeys"
     assert ran("verify", starts.path, "--operator", "--key", vkeys)["leaves"] == {"epoch": 1}
     assert ran("verify", boot, "--key", vkeys, exit_code=21)["code"] == "log.origin"
+    save_keys(W2, tmp_path / "w2")
+    start = ("witness", boot, "--state", tmp_path / "starts-state", "--key", tmp_path / "w2")
+    assert ran(*start, "--out", tmp_path / "start")["size"] == 5
+    assert len(parse_note((tmp_path / "start").read_bytes()).signatures) == 4
+    assert ran("witness", starts.path, *start[2:], exit_code=1)["code"] == "usage.log"
     shown = ran("keygen", "w.example/9", "--out", tmp_path / "w9")["vkeys"]
     assert len(shown) == 2
     save_keys(W1, tmp_path / "w1")
