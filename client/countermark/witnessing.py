@@ -75,8 +75,12 @@ class Witness:
 
     def seen(self) -> Checkpoint | None:
         """The last head we cosigned. Raises `UsageError` (`usage.file`), `FormatError` (`tlog.checkpoint`)."""
-        if not self._file.exists():
+        try:
+            self._file.lstat()
+        except FileNotFoundError:
             return None
+        except OSError as err:  # a memory that cannot be read is not an empty one
+            raise UsageError(f"{self._file}: {err.strerror}", code="usage.file") from err
         return parse_checkpoint_text(read_file(self._file, max_bytes=MAX_NOTE_BYTES).decode(errors="replace"))
 
     def round(self, source: Source, now: Callable[[], float]) -> Cosigned | None:

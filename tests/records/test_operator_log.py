@@ -243,6 +243,23 @@ def test_a_full_disk_signs_nothing(operator: Operator, tmp_path: Path, monkeypat
     assert not signed
 
 
+def test_a_memory_that_cannot_be_read_is_not_an_empty_one(operator: Operator, tmp_path: Path) -> None:
+    boot(tmp_path / "log")
+    operator.append(tmp_path / "log")
+    operator.cosign(tmp_path / "state", W1)
+    (head_file,) = (tmp_path / "state").glob("*.head")
+    seen = head_file.read_bytes()
+    for link in (tmp_path / "not there", head_file):  # a disk that is not mounted; a loop
+        head_file.unlink()
+        head_file.symlink_to(link)
+        refused("usage.file", lambda: operator.cosign(tmp_path / "state", W1))
+        assert head_file.is_symlink()
+    head_file.unlink()
+    for cut in (b"", seen[:-1]):
+        head_file.write_bytes(cut)
+        refused("tlog.checkpoint", lambda: operator.cosign(tmp_path / "state", W1))
+
+
 def test_one_state_one_witness(operator: Operator, tmp_path: Path) -> None:
     holder = operator.witness(tmp_path / "state", W1)
     refused("usage.locked", lambda: operator.witness(tmp_path / "state", W1))
