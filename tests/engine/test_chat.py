@@ -97,6 +97,12 @@ def varying(source: str = LLAMA_3_2) -> ChatTemplate:
         "{{ date }}",
         "{{ uuid4() ~ 'x' }}",
         "{{ random.choice([1, 2]) }}",
+        "{% macro today() %}{{ strftime_now('%d') }}{% endmacro %}{{ today() }}",
+        "{% set kept = namespace(clock=strftime_now) %}{{ kept.clock('%d') }}",
+        "{{ strftime_now ~ '' }}",
+        "{{ '%s' % strftime_now }}",
+        "{{ [strftime_now] | join | upper }}",
+        "{{ {'now': now} | string }}",
     ],
 )
 def test_what_varies_is_refused_unless_the_request_supplies_it(source: str) -> None:

@@ -59,6 +59,9 @@ class _Chance:
     def __getattr__(self, _: str) -> object:
         raise _Varies(self.name)
 
+    def __repr__(self) -> str:  # which `~` and many filters ask for; an object's own holds its address
+        raise _Varies(self.name)
+
 
 class _Given(str):
     """A value that the request supplied; also what a call of it returns, whatever its arguments."""
