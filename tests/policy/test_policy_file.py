@@ -31,6 +31,7 @@ from countermark.policy import (
 from sim_evidence import NOW, machine, policy_for
 
 OPERATOR, WITNESS = new_keys("log.example/starts"), new_keys("w.example/1")
+UNDER_ANOTHER_NAME = tuple(replace(key, name="w.example/2") for key in WITNESS.as_witness)
 D32, D48 = b"\x11" * 32, b"\x22" * 48
 
 
@@ -152,6 +153,8 @@ def test_every_field_has_a_comment() -> None:
         ({"operator_log": WITNESS.as_witness}, "policy.value", "log.operator"),
         ({"witnesses": OPERATOR.as_log}, "policy.value", "0x01"),
         ({"witnesses": WITNESS.as_witness * 2}, "policy.value", "twice"),
+        ({"witnesses": (*WITNESS.as_witness, *UNDER_ANOTHER_NAME)}, "policy.value", "w.example/2"),
+        ({"witnesses": OPERATOR.as_witness}, "policy.value", "log.example/starts"),
     ],
 )
 def test_witnesses_that_cannot_be_asked_for(changes: dict[str, Any], code: str, said: str) -> None:

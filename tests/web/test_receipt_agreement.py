@@ -13,7 +13,9 @@ from judges import Case, page_results, python_says, said
 from countermark.appraise import Scope, appraise
 from countermark.bundle import Bundle, encode_bundle
 from countermark.formats.receipt import parse_receipt
+from countermark.formats.records import EXACT_CLAIMS
 from countermark.formats.retrieval import Chunk, RetrievalSet
+from countermark.logkeys import new_keys
 from countermark.numerics import CURRENT
 from countermark.policy import Policy, Profile, Waiver, encode_policy, new_policy
 from countermark.wire import codec
@@ -151,6 +153,7 @@ STACKS: tuple[dict[str, Any], ...] = (
     {"config_digest": bytes(32)},
     {"profile": "exact-v9"},
     {"claims": ("run",)},
+    {"claims": (",".join(EXACT_CLAIMS),)},
     {"determinism": "none"},
     {"kernel_digest": bytes(32)},
     {"platform": "tdx"},
@@ -254,6 +257,13 @@ def policies(world: World) -> Iterator[str]:
         {"images": tuple(replace(image, td_attributes=bytes(8)) for image in good.images)},
     ):
         yield encode_policy(replace(good, **change))
+    operator, witness = new_keys("log.example/starts"), new_keys("w.example/1")
+    watched = replace(good, operator_log=operator.as_log, witnesses=witness.as_witness, witnesses_required=1)
+    yield (asking := encode_policy(watched))
+    first, second = witness.as_witness
+    for key in (first, replace(first, name="w.example/2"), operator.as_witness[0], operator.as_log[0]):
+        assert str(second) in asking
+        yield asking.replace(str(second), str(key))
     strict = encode_policy(new_policy(Profile.PRODUCTION, now=NOW))
     yield strict
     for old, new in (

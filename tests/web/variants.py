@@ -238,6 +238,7 @@ CONTAINER: dict[str, Make] = {
     "entry left out": entries(without("evidence.cbor")),
     "entry added": entries(put("notes.txt", b"hello")),
     "entry named twice": twice_named,
+    "all names in one": lambda data: zipped([("\n".join(["manifest.cbor", *list(unpack(data))[1:5]]), b"")]),
     "no manifest of the entries": lambda data: zipped(list(unpack(data).items())),
     "manifest of another size": lambda data: zipped(
         [("manifest.cbor", manifest_of({**unpack(data), "request.bin": b""})), *unpack(data).items()]

@@ -228,6 +228,12 @@ def _check_log(policy: Policy) -> None:
             raise _refuse(f"log.witnesses: {wanted}, got {key.kind:#04x} of {key.name}", "value")
     if len(set(policy.witnesses)) != len(policy.witnesses):
         raise _refuse("log.witnesses: expected each verifier key once, got one twice", "value")
+    others = {key.public for key in policy.operator_log or ()}
+    for key in policy.witnesses:  # under another name it would be somebody else, and count again
+        if key.public in others:
+            wanted = "expected keys that no other witness and no operator log has"
+            raise _refuse(f"log.witnesses: {wanted}, got one of {key.name}", "value")
+        others.add(key.public)
     most = len(names_of(policy.witnesses))
     if not 0 <= policy.witnesses_required <= most:
         wanted = f"expected 0 to {most}, the witnesses named"

@@ -5,7 +5,7 @@
  */
 
 import { MAX_ANCHORS_BYTES, parseAnchors } from "./anchors.js";
-import { type Bytes, concat, equal, le, sha256, uintLe, utf8 } from "./bytes.js";
+import { type Bytes, concat, equal, le, sameTexts, sha256, uintLe, utf8 } from "./bytes.js";
 import * as cbor from "./cbor.js";
 import { Refusal, refused } from "./errors.js";
 import { MAX_EVIDENCE_BYTES } from "./evidence.js";
@@ -61,7 +61,7 @@ export function parseBundle(data: Bytes): Bundle {
   const entries = readEntries(data);
   if (!entries.size) throw bad("container", "bundle: expected a file as `chat --bundle` writes it, got another");
   const wanted = ENTRIES.filter(([name, , optional]) => !optional || entries.has(name)).map(([name]) => name);
-  if ([...entries.keys()].join("\n") !== [MANIFEST, ...wanted].join("\n")) {
+  if (!sameTexts([...entries.keys()], [MANIFEST, ...wanted])) {
     const got = [...entries.keys()].join(", ").slice(0, 200);
     throw bad("container", `bundle: expected its fixed entries in order, got ${got}`);
   }

@@ -40,6 +40,9 @@ export function equal(left: Bytes, right: Bytes): boolean {
   return left.length === right.length && left.every((byte, i) => byte === right[i]);
 }
 
+export const sameTexts = (left: readonly string[], right: readonly string[]): boolean =>
+  left.length === right.length && left.every((text, i) => text === right[i]);
+
 /** Byte order, as Python compares bytes. */
 export function compare(left: Bytes, right: Bytes): number {
   for (let i = 0; i < Math.min(left.length, right.length); i++) {

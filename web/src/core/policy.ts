@@ -398,6 +398,15 @@ function checkLog({ operatorLog, witnesses, witnessesRequired }: Policy): void {
   if (new Set(witnesses.map(({ text }) => text)).size !== witnesses.length) {
     throw bad("value", "log.witnesses: expected each verifier key once, got one twice");
   }
+  const others = new Set(operatorLog.map(({ key }) => hex(key.public)));
+  for (const { name, key } of witnesses) {
+    // Under another name it would be somebody else, and count again.
+    if (others.has(hex(key.public))) {
+      const wanted = "expected keys that no other witness and no operator log has";
+      throw bad("value", `log.witnesses: ${wanted}, got one of ${name}`);
+    }
+    others.add(hex(key.public));
+  }
   const most = new Set(witnesses.map(({ name }) => name)).size;
   if (witnessesRequired < 0 || witnessesRequired > most) {
     const wanted = `expected 0 to ${most}, the witnesses named`;

@@ -6,7 +6,7 @@
  * Not checked here: that prompt and text are what their tokens spell, and that the tokens are what the model gives.
  */
 
-import { type Bytes, bigBe, equal, hex, points, utf8 } from "./bytes.js";
+import { type Bytes, bigBe, equal, hex, points, sameTexts, utf8 } from "./bytes.js";
 import * as cbor from "./cbor.js";
 import { type Checkpoint, MAX_NOTE_BYTES, verifyCheckpoint } from "./checkpoint.js";
 import { type Refusal, malformed, refused } from "./errors.js";
@@ -354,7 +354,7 @@ function checkStack(intent: Intent, verdict: Verdict): void {
     throw refused("receipt.profile", `profile: expected ${boot.profile}, got ${stack.profile}`);
   }
   const promised = PROFILES.get(stack.profile);
-  if (promised && (stack.determinism !== promised.determinism || stack.claims.join() !== promised.claims.join())) {
+  if (promised && (stack.determinism !== promised.determinism || !sameTexts(stack.claims, promised.claims))) {
     const wanted = `${promised.claims.join(", ")}, as ${stack.profile} promises`;
     throw refused("receipt.profile", `claims: expected ${wanted}, got ${stack.claims.join(", ").slice(0, 100)}`);
   }
