@@ -3,8 +3,8 @@
 The engine generates the answer again among everybody's requests, in a place of its queue like any other, and stops at
 the first difference; so a replay needs no memory of its own and waits its turn. Compared, in this order: what the
 record says of the weights' files, the assembled prompt, output tokens and fingerprints, end, text. Nothing is taken
-from a cache: the run has a scope of its own. What came of it is a REPLAY, durable before its receipt is sent; a run
-that was cancelled or failed leaves nothing.
+from a cache: the run has a scope of its own, which no client can name. What came of it is a REPLAY, durable before its
+receipt is sent; a run that was cancelled or failed leaves nothing.
 
 The parts of the request are checked to be one answer: every commitment opens. Not checked here: who signed it, and that
 it was in a log; whoever asked has verified the bundle, and the REPLAY names the receipt by its digest.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -33,6 +34,7 @@ from countermark_appliance.engine.sampling import MAX_LOGPROBS
 from countermark_appliance.generation import Engine, ended, engine_request
 
 MODE: Final = "regenerate"
+_SCOPE_BYTES: Final = 32
 _ARTEFACT: Final = ("model", "quantisation", "adapters", "manifest_digest", "tokenizer_digest", "chat_template_digest")
 T = TypeVar("T")
 
@@ -125,7 +127,7 @@ class Replaying:
         """The recorded request as this engine resolves it, with the node's choices as they were made."""
         intent = recorded.intent
         request = replace(
-            engine_request(recorded.request, self._order.request.nonce),
+            engine_request(recorded.request, secrets.token_bytes(_SCOPE_BYTES)),
             max_tokens=intent.max_tokens,
             seed=intent.sampling.seed,
             logprobs=MAX_LOGPROBS,  # for the gap; no bit depends on it

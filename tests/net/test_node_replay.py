@@ -205,6 +205,18 @@ def parts(answer: CheckedReceipt) -> pb.ReplayRequest:
     )
 
 
+def test_no_cache_is_the_clients_to_choose(node: Appliance, session: Session, answer: CheckedReceipt) -> None:
+    """A nonce that is another connection's quote digest, or an earlier nonce, would read what was computed for it."""
+    count, asked = len(node.engine.submitted), parts(answer)
+    call = session._channel.grpc_channel.unary_unary(codec.REPLAY, None, None)
+    for nonce in (session.verdict.quote_digest, bytes(32), bytes(32)):
+        asked.nonce = nonce
+        assert call(asked.SerializeToString(), timeout=30)
+    scopes = {prepared.request.scope for prepared in node.engine.submitted[count:]}
+    assert len(scopes) == 3
+    assert scopes.isdisjoint((bytes(32), session.verdict.quote_digest))
+
+
 def test_parts_of_different_answers_are_refused(
     nodes: tuple[Appliance, Appliance], session: Session, answer: CheckedReceipt
 ) -> None:
