@@ -11,7 +11,7 @@ demo: $(VENV)/demo.stamp
 	@$(BIN)/countermark demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -q -m "not slow and not gpu and not tdx"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not tdx"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

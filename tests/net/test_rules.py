@@ -166,6 +166,7 @@ def test_log_reads_verify(appliance: Appliance) -> None:
         (pb.GenerateRequest(nonce=bytes(33), prompt="x").SerializeToString(), "request.nonce"),
         (pb.GenerateRequest(nonce=bytes(32), prompt="x", stop=["y"] * 65).SerializeToString(), "request.stop"),
     ],
+    ids=("no message", "empty", "field 100", "field 100 in the chat", "no input", "long nonce", "many stops"),
 )
 def test_hostile_bytes_are_refused_before_the_log(appliance: Appliance, data: bytes, code: str) -> None:
     before = appliance.kinds()
