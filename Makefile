@@ -16,7 +16,7 @@ test: $(VENV)/dev.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy client appliance kernels
+	$(BIN)/mypy client appliance kernels measurements
 	$(BIN)/lint-imports
 
 # The browser verifier, for whoever changes it: what comes out is committed, and the tests build it again. Needs npm.
