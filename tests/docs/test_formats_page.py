@@ -105,8 +105,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "{what}.pem": ("quote.pem", "endorsements.pem", "nvidia_evidence.pem"),
     "{what}.chain": ("quote.chain", "endorsements.chain", "gpu.chain", "anchor.chain"),
     "{what}.crl": ("endorsements.crl", "gpu.crl"),
-    "{self.what}.truncated": ("quote.truncated", "eventlog.truncated", "spdm.truncated"),
-    "{self.what}.trailing": ("quote.trailing", "eventlog.trailing", "spdm.trailing"),
+    "{self.what}.truncated": ("quote.truncated", "eventlog.truncated", "tpmlog.truncated", "spdm.truncated"),
+    "{self.what}.trailing": ("quote.trailing", "eventlog.trailing", "tpmlog.trailing", "spdm.trailing"),
     "{self.what}.{name}": (),  # `Reader.expect`: collected from its calls, see `reader_codes`
 }
 

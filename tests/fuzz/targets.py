@@ -48,6 +48,7 @@ from countermark.formats import (
     report_data,
     spdm,
     timestamp,
+    tpm_log,
     witnessed,
 )
 from countermark.gpu.report import DICE_FWID
@@ -67,6 +68,7 @@ from one_answer import REQUEST, World, make_world
 from sim_evidence import NOW, Scene, machine, policy_for
 
 OTS = Path(__file__).parents[1] / "data" / "ots"
+TPM_LOG = Path(__file__).parents[1] / "data" / "tpmlog" / "binary_bios_measurements.bin"
 Mutate = Callable[[random.Random, bytes, bytes], bytes]
 
 
@@ -284,6 +286,11 @@ TARGETS: dict[str, Target] = {
         parse=eventlog.parse_event_log,
         seeds=lambda: [scene().ccel, scene().rtmr3_log, *genuine("ccel/*/ccel.bin")],
         covers=("formats.eventlog.parse_event_log",),
+    ),
+    "TPM event log": Target(
+        parse=lambda data: tpm_log.ccel_events(tpm_log.parse_tpm_log(data)),
+        seeds=lambda: [TPM_LOG.read_bytes(), TPM_LOG.read_bytes() + bytes(64)],
+        covers=("formats.tpm_log.parse_tpm_log",),
     ),
     "event list (JSON)": Target(
         parse=eventlog.parse_json_events,
