@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/*)
 
-.PHONY: demo test check web soak bench-cpu bench-gpu proto lock clean
+.PHONY: demo test check web soak bench-cpu bench-gpu proto lock clients clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/countermark demo
@@ -43,13 +43,22 @@ bench-cpu: $(VENV)/dev.stamp
 bench-gpu: $(VENV)/dev.stamp
 	$(BIN)/python bench/gpu_engine.py $(PARTS)
 
+# Other people's clients (LangChain, llm, the npm package of OpenAI) that tests/proxy runs against the proxy.
+clients: build/clients/stamp
+	if command -v npm > /dev/null; then npm --prefix tests/proxy/npm ci; fi
+
+build/clients/stamp: requirements/clients.lock
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/pip --disable-pip-version-check --quiet install --require-hashes --no-deps -r $<
+	@touch $@
+
 # The stubs are committed; this makes them again after a change of the .proto.
 proto: $(VENV)/dev.stamp
 	$(BIN)/python -m grpc_tools.protoc -Iclient --python_out=client --pyi_out=client \
 		client/countermark/wire/countermark_v1.proto
 
 lock:
-	cd requirements && for name in base appliance dev; do \
+	cd requirements && for name in base appliance dev clients; do \
 		uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --upgrade \
 			$$name.in -o $$name.lock || exit 1; done
 	cd requirements && uv pip compile --universal --no-deps --python-version 3.11 --generate-hashes --no-header \
