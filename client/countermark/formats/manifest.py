@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -181,7 +182,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "not_before": manifest.not_before,
         "not_after": manifest.not_after,
         "image_id": manifest.image_id.hex(),
-        "shapes": [{"name": s.name, "mrtd": s.mrtd.hex(), "rtmr0": s.rtmr0.hex()} for s in manifest.shapes],
+        "shapes": shapes_json(manifest.shapes),
         "rtmr1": manifest.rtmr1.hex(),
         "rtmr2": manifest.rtmr2.hex(),
         "td_attributes": manifest.td_attributes.hex(),
@@ -190,17 +191,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "mrconfigid": manifest.mrconfigid.hex(),
         "mrowner": manifest.mrowner.hex(),
         "mrownerconfig": manifest.mrownerconfig.hex(),
-        "events": [
-            {
-                "register": e.register,
-                "event_type": e.event_type,
-                "digest": e.digest.hex(),
-                "source": e.source,
-                "shape": e.shape,
-                "note": e.note,
-            }
-            for e in manifest.events
-        ],
+        "events": events_json(manifest.events),
         "revoked_images": [value.hex() for value in manifest.revoked_images],
     }
     return strict_json.dump(
@@ -254,7 +245,7 @@ def parse_manifest(data: bytes) -> Manifest:
         not_before=_uint(body["not_before"], "not_before"),
         not_after=_uint(body["not_after"], "not_after"),
         image_id=_hex(body["image_id"], 32, "image_id"),
-        shapes=tuple(_shape(item) for item in _items(body["shapes"], "shapes", MAX_SHAPES)),
+        shapes=parse_shapes(body["shapes"]),
         rtmr1=_hex(body["rtmr1"], 48, "rtmr1"),
         rtmr2=_hex(body["rtmr2"], 48, "rtmr2"),
         td_attributes=_hex(body["td_attributes"], 8, "td_attributes"),
@@ -263,7 +254,7 @@ def parse_manifest(data: bytes) -> Manifest:
         mrconfigid=_hex(body["mrconfigid"], 48, "mrconfigid"),
         mrowner=_hex(body["mrowner"], 48, "mrowner"),
         mrownerconfig=_hex(body["mrownerconfig"], 48, "mrownerconfig"),
-        events=tuple(_event(item) for item in _items(body["events"], "events", _MAX_ITEMS)),
+        events=parse_events(body["events"]),
         revoked_images=tuple(
             _hex(item, 32, "revoked_images") for item in _items(body["revoked_images"], "revoked_images", _MAX_ITEMS)
         ),
@@ -272,6 +263,36 @@ def parse_manifest(data: bytes) -> Manifest:
     if encode_manifest(manifest) != data:
         raise FormatError("manifest: expected the one compact encoding", code="manifest.not_canonical")
     return manifest
+
+
+def shapes_json(shapes: Iterable[Shape]) -> list[dict[str, str]]:
+    """The member `shapes`, JSON-ready."""
+    return [{"name": s.name, "mrtd": s.mrtd.hex(), "rtmr0": s.rtmr0.hex()} for s in shapes]
+
+
+def parse_shapes(value: object) -> tuple[Shape, ...]:
+    """The inverse of `shapes_json` for decoded JSON. Raises `FormatError` with a code below `manifest.`."""
+    return tuple(_shape(item) for item in _items(value, "shapes", MAX_SHAPES))
+
+
+def events_json(events: Iterable[PredictedEvent]) -> list[dict[str, str | int]]:
+    """The member `events`, JSON-ready."""
+    return [
+        {
+            "register": e.register,
+            "event_type": e.event_type,
+            "digest": e.digest.hex(),
+            "source": e.source,
+            "shape": e.shape,
+            "note": e.note,
+        }
+        for e in events
+    ]
+
+
+def parse_events(value: object) -> tuple[PredictedEvent, ...]:
+    """The inverse of `events_json` for decoded JSON. Raises `FormatError` with a code below `manifest.`."""
+    return tuple(_event(item) for item in _items(value, "events", _MAX_ITEMS))
 
 
 def check_manifest(manifest: Manifest) -> None:
