@@ -1,8 +1,34 @@
-"""countermark: the client and verifier of LLM answers that carry proof."""
+"""countermark: the client and verifier of LLM answers that carry proof.
 
-from countermark.errors import CountermarkError
-from countermark.policy import load_policy
-from countermark.session import Answer, Session, connect
-from countermark.verify import Verification, verify_bundle
+The public names load when first asked for: an appliance imports `countermark.formats` and would else load all of the
+client, its connections and verifiers, at every start.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from countermark.errors import CountermarkError
+    from countermark.policy import load_policy
+    from countermark.session import Answer, Session, connect
+    from countermark.verify import Verification, verify_bundle
+else:
+    _WHERE = {
+        "Answer": "session",
+        "CountermarkError": "errors",
+        "Session": "session",
+        "Verification": "verify",
+        "connect": "session",
+        "load_policy": "policy",
+        "verify_bundle": "verify",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))
+
 
 __all__ = ["Answer", "CountermarkError", "Session", "Verification", "connect", "load_policy", "verify_bundle"]

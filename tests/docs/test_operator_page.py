@@ -8,13 +8,15 @@ from pathlib import Path
 
 from countermark import errors
 from countermark_appliance import config
-from countermark_appliance.platform.tdx import ccel, image, registers, reports
+from countermark_appliance.platform import image
+from countermark_appliance.platform.tdx import ccel, registers, reports
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operator.md").read_text(encoding="utf-8")
 APPLIANCE = ROOT / "appliance" / "countermark_appliance"
 SOURCES = (
     *(APPLIANCE / "platform" / "tdx").glob("*.py"),
+    APPLIANCE / "platform" / "image.py",
     APPLIANCE / "platform" / "base.py",
     APPLIANCE / "platform" / "endorsements.py",
     APPLIANCE / "platform" / "nvml_gpus.py",

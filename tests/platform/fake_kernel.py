@@ -12,10 +12,10 @@ from pathlib import Path
 
 import sim_evidence
 from countermark.formats.quote import parse_quote
-from countermark_appliance.platform import sim
+from countermark_appliance.platform import image, sim
 from countermark_appliance.platform.sim.state import State
-from countermark_appliance.platform.tdx import ccel, image, registers, reports
-from countermark_appliance.platform.tdx.sysfs import Sysfs
+from countermark_appliance.platform.sysfs import Sysfs
+from countermark_appliance.platform.tdx import ccel, registers, reports
 
 
 def ccel_table(area_bytes: int, **changes: int | bytes) -> bytes:

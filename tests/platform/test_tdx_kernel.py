@@ -16,11 +16,12 @@ from countermark.errors import ConfigError, CountermarkError, MeasurementError, 
 from countermark.formats import boot_events, eventlog
 from countermark.formats.boot_events import EVENT_TYPE
 from countermark.formats.quote import MAX_QUOTE_BYTES, encode_quote, parse_quote
-from countermark_appliance.platform.tdx import ccel, image, registers, reports
+from countermark_appliance.platform import image
+from countermark_appliance.platform.sysfs import Sysfs
+from countermark_appliance.platform.tdx import ccel, registers, reports
 from countermark_appliance.platform.tdx.machine import TdxPlatform
 from countermark_appliance.platform.tdx.registers import Rtmr3
 from countermark_appliance.platform.tdx.reports import Reports
-from countermark_appliance.platform.tdx.sysfs import Sysfs
 
 REPORT_DATA = bytes(range(64))
 RTMR3 = f"{registers.MEASUREMENTS}/rtmr3:sha384"

@@ -14,8 +14,8 @@ from typing import Final
 from countermark.errors import ConfigError, FormatError, MeasurementError
 from countermark.formats import eventlog
 from countermark.formats.reader import Reader
+from countermark_appliance.platform.sysfs import Sysfs
 from countermark_appliance.platform.tdx.registers import read_register
-from countermark_appliance.platform.tdx.sysfs import Sysfs
 
 TABLE: Final = "sys/firmware/acpi/tables/CCEL"
 LOG: Final = "sys/firmware/acpi/tables/data/CCEL"

@@ -18,12 +18,12 @@ from countermark.formats.eventlog import Event, EventLog, SpecId
 from countermark.formats.evidence import Endorsements, GpuEvidence, PlatformName
 from countermark_appliance.config import Config
 from countermark_appliance.platform.base import OpenEndorsements
+from countermark_appliance.platform.image import read_image_id
 from countermark_appliance.platform.nvml_gpus import ConfidentialGpus, open_gpus
+from countermark_appliance.platform.sysfs import Sysfs
 from countermark_appliance.platform.tdx.ccel import read_ccel
-from countermark_appliance.platform.tdx.image import read_image_id
 from countermark_appliance.platform.tdx.registers import Rtmr3
 from countermark_appliance.platform.tdx.reports import Reports
-from countermark_appliance.platform.tdx.sysfs import Sysfs
 
 _NO_CHALLENGE: Final = bytes(64)  # no report_data of ours: that is a hash
 _NO_NONCE: Final = bytes(32)

@@ -13,7 +13,7 @@ import threading
 from typing import Final
 
 from countermark.errors import ConfigError, MeasurementError
-from countermark_appliance.platform.tdx.sysfs import Sysfs
+from countermark_appliance.platform.sysfs import Sysfs
 
 MEASUREMENTS: Final = "sys/devices/virtual/misc/tdx_guest/measurements"
 REGISTER_BYTES: Final = 48

@@ -24,7 +24,7 @@ from typing import Final
 
 from countermark.errors import ConfigError, FormatError, Unavailable
 from countermark.formats.quote import MAX_QUOTE_BYTES, TdReport, parse_quote
-from countermark_appliance.platform.tdx.sysfs import Sysfs
+from countermark_appliance.platform.sysfs import Sysfs
 
 REPORTS: Final = "sys/kernel/config/tsm/report"
 PROVIDER: Final = "tdx_guest"

@@ -12,7 +12,7 @@ import re
 from typing import Final
 
 from countermark.errors import ConfigError
-from countermark_appliance.platform.tdx.sysfs import Sysfs
+from countermark_appliance.platform.sysfs import Sysfs
 
 CMDLINE: Final = "proc/cmdline"
 PARAMETER: Final = "roothash"
