@@ -8,6 +8,7 @@ the command line returns; the table stands in the README.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -110,10 +111,20 @@ class Undecidable(CountermarkError):
     exit_code = 40
 
 
+class Recorded(StrEnum):
+    """Whether a node has an INTENT of a request that failed, so that sending it again would make a second record."""
+
+    NO = "no"  # not sent, or the node says that it refused before recording
+    UNKNOWN = "unknown"  # sent, and nothing came back
+    YES = "yes"  # an Accepted of this request was verified
+
+
 class Unavailable(CountermarkError):
     """The network, or a busy or stopping server. The same call may work later.
 
-    `retry_after_s`: how long the server advises to wait, where it does.
+    `retry_after_s`: how long the server advises to wait, where it does. `recorded`: of a request; only after `NO` is
+    sending it again free of a second record. What a node says of itself there is believed: it could as well lie in
+    its log.
     """
 
     exit_code = 50
@@ -121,3 +132,4 @@ class Unavailable(CountermarkError):
     def __init__(self, message: str, *, code: str, retry_after_s: float | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+        self.recorded = Recorded.NO

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -30,6 +30,7 @@ from countermark.errors import (
     CountermarkError,
     FormatError,
     LogError,
+    Recorded,
     RequestError,
     Unavailable,
     Undecidable,
@@ -39,10 +40,11 @@ from countermark.errors import (
 from countermark.formats.evidence import encode_evidence, parse_evidence
 from countermark.formats.receipt import Answer as Streamed
 from countermark.formats.receipt import encode_acceptance, encode_answer
-from countermark.formats.retrieval import RetrievalSet
+from countermark.options import GenerateOptions
 from countermark.policy import Policy
 from countermark.receipt import Accepted, CheckedReceipt, verify_accepted, verify_receipt
 from countermark.replayed import NodeReplay, require_able, verify_replay
+from countermark.retrying import Retry, retrying
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark.witness import Witnessed, verify_witnessed
@@ -56,6 +58,8 @@ _BY_CODE: Final[Mapping[str, type[CountermarkError]]] = {
     "replay.redacted": Undecidable,
     "replay.artefact": WeightsError,
 }
+_REFUSED: Final = frozenset(("engine.busy", "engine.stopping", "service.busy", "service.stopping", "quota.exceeded"))
+"""With these a node refuses before it records an INTENT."""
 _CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.FAILED_PRECONDITION: ChannelError,
@@ -71,15 +75,28 @@ def connect(
     now: int | None = None,
     timeout_s: float = 30.0,
     endorsements: bytes | Callable[[bytes], bytes] | None = None,
+    retry: Retry | None = None,
 ) -> Session:
     """Connect to `HOST:PORT`, demand evidence, appraise it; a Session or an error, nothing in between.
 
     `now`: unix seconds (the verdict then says `assumed`), else this machine's clock. `timeout_s`: for all of it, but
-    for the fetching. `endorsements`: Intel's, to be used instead of those that the node sends: the JSON, or what gives
-    it for a quote, such as `fetch.intel.fetch_collateral` with a source. Bundles then carry these.
+    for the fetching; of each attempt. `endorsements`: Intel's, to be used instead of those that the node sends: the
+    JSON, or what gives it for a quote, such as `fetch.intel.fetch_collateral` with a source. Bundles then carry these.
+    `retry`: a node that cannot be reached or has no time is asked again; each time everything is checked anew.
     Raises `Unavailable`, `ChannelError` (see `Channel.open`), what `endorsements` raises, and what `appraise` and
     `verify_witnessed` raise, with their `checks`.
     """
+    return retrying(lambda: _connect(address, policy, now=now, timeout_s=timeout_s, endorsements=endorsements), retry)
+
+
+def _connect(
+    address: str,
+    policy: Policy,
+    *,
+    now: int | None,
+    timeout_s: float,
+    endorsements: bytes | Callable[[bytes], bytes] | None,
+) -> Session:
     started = time.monotonic()
     channel = Channel.open(address, timeout_s=timeout_s)
     try:
@@ -199,54 +216,30 @@ class Session:
         self,
         prompt: str | None = None,
         *,
-        messages: Sequence[tuple[str, str]] | None = None,
-        model: str = "",
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        seed: int | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        ignore_eos: bool | None = None,
-        logprobs: int | None = None,
-        values: Mapping[str, str] | None = None,
-        retrieved: RetrievalSet | None = None,
         timeout_s: float | None = None,
+        retry: Retry | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Stream:
-        """Send a prompt (raw text) or messages ((role, content) pairs, under the model's chat template).
-
-        `values`: what the chat template would otherwise take from a clock or chance, such as `date_string`.
-        `retrieved`: what was retrieved for this request; recorded as you state it. `logprobs`: 1 to 20 for each token's
-        log probability and those of so many likeliest, see `Stream.logprobs`.
+        """Send a prompt (raw text), or `messages` under the model's chat template; see `GenerateOptions`.
 
         Returns once the appliance has committed to the request and that has been verified. Raises `RequestError`
-        (`request.*`), `Unavailable`, or, when the commitment does not verify, `FormatError` or `VerificationError`.
+        (`request.*`), `Unavailable`, whose `recorded` says whether the node may have an INTENT of it, or, when the
+        commitment does not verify, `FormatError` or `VerificationError`. `timeout_s`: for the whole answer. `retry`: a
+        request that the node refused before recording it is sent again, on this connection.
         """
-        request = codec.encode_generate_request(
-            prompt=prompt,
-            messages=messages,
-            model=model,
-            max_tokens=max_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            logit_bias=logit_bias,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            values=values,
-            retrieved=retrieved,
-        )
+
+        def attempt() -> Stream:
+            stream = self.start(prompt, timeout_s=timeout_s, **options)
+            stream.accept()
+            return stream
+
+        return retrying(attempt, retry, while_=lambda: not self.is_over)
+
+    def start(
+        self, prompt: str | None = None, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Stream:
+        """As `generate`, but returns at once: `Stream.accept` waits for the commitment. `cancel` works from here on."""
+        request = codec.encode_generate_request(prompt=prompt, **options)
         if self._channel.is_over or self._closed:
             raise self._channel.failure() or _closed()
         try:
@@ -316,15 +309,15 @@ class Session:
 
 
 class Stream:
-    """One answer as it arrives: iterate for its text, then (or at once) `result`. For one thread."""
+    """One answer as it arrives: iterate for its text, then (or at once) `result`. For one thread, `cancel` for any."""
 
     accepted: Accepted
 
     def __init__(self, session: Session, channel: Channel, call: Any, request: bytes) -> None:
-        """Reads and verifies the first message; see `Session.generate`."""
         self._session = session
         self._channel = channel
         self._call = call
+        self._request = request
         self._asked = codec.parse_generate_request(request).logprobs
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -332,11 +325,19 @@ class Stream:
         self._characters = 0
         self._answer: Answer | None = None
         self._failure: BaseException | None = None
+        self._recorded = Recorded.UNKNOWN
+
+    def accept(self) -> None:
+        """Wait for the first message, the appliance's commitment, and verify it. Raises as `Session.generate` does.
+
+        Once; `Session.generate` has done it.
+        """
         try:
             first = self._read()
             if first is None or first.WhichOneof("event") != "accepted":
                 raise FormatError("stream: expected Accepted first", code="stream.order")
-            self.accepted = verify_accepted(codec.acceptance(first.accepted), session.verdict, request)
+            self.accepted = verify_accepted(codec.acceptance(first.accepted), self._session.verdict, self._request)
+            self._recorded = Recorded.YES
         except BaseException as err:
             self._fail(err)
             raise
@@ -439,6 +440,9 @@ class Stream:
     def _fail(self, err: BaseException) -> None:
         self._failure = err
         self._call.cancel()
+        if isinstance(err, Unavailable):
+            refused = self._recorded is Recorded.UNKNOWN and err.code in _REFUSED
+            err.recorded = Recorded.NO if refused else self._recorded
         if isinstance(err, FormatError | VerificationError):
             self._session.close()
 
@@ -458,6 +462,8 @@ def _translated(err: grpc.RpcError, channel: Channel) -> CountermarkError:
         unavailable = status is grpc.StatusCode.UNAVAILABLE
         failure = channel.failure(wait_s=1.0 if unavailable else 0.0)
         if failure is not None or unavailable:
+            if isinstance(failure, Unavailable):  # one for each call, because each says what was recorded of its own
+                return Unavailable(str(failure), code=failure.code, retry_after_s=failure.retry_after_s)
             return failure or Unavailable("connection: lost", code="channel.lost")
         code = f"server.{status.name.lower()}"
     said = "".join(c if c.isprintable() else "?" for c in (err.details() or status.name)[:_SAID])
