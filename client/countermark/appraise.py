@@ -297,7 +297,13 @@ def appraise(
 
     with steps.step("5") as detail:
         image, shape = verify_registers(
-            quote.body, policy.images, platform=parsed.platform.value, claimed=claims.image_id, ccel=ccel, now=now
+            quote.body,
+            policy.images,
+            platform=parsed.platform.value,
+            claimed=claims.image_id,
+            ccel=ccel,
+            now=now,
+            revoked=policy.revoked_images,
         )
         kinds = f"{image.kind.value} image, machine {shape.name}"
         detail.append(f"image {image.image_id.hex()}, version {image.version}, {kinds}")

@@ -42,6 +42,7 @@ from countermark.files import read_file, write_file
 from countermark.formats.ots import MAX_HEADERS_BYTES
 from countermark.policy import Policy, Profile, load_policy
 from countermark.session import Session, connect
+from countermark.tlog.proof import MAX_PROOF_BYTES
 from countermark.verify import Verification, verify_bundle
 
 EXIT_CODES = """exit codes:
@@ -181,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
         "--signer", type=arguments.digest, action="append", default=[], metavar="SHA256", help="both, the first time"
     )
     pin.add_argument(
+        "--log", action="append", default=[], metavar="VKEY", help="both keys of its measurement log, or a file of them"
+    )
+    pin.add_argument("--proof", type=Path, metavar="FILE", help="that it stands in that log, as published beside it")
+    pin.add_argument(
         "--weights", type=arguments.digest, action="append", default=[], metavar="ROOT", help="weights root to accept"
     )
     return parser
@@ -297,7 +302,13 @@ def _policy_pin(args: argparse.Namespace) -> None:
         message = f"--signer: expected two digests, of the ES256 and the ML-DSA-65 signer, got {len(args.signer)}"
         raise UsageError(message, code="usage.signer")
     after = policies.pin(
-        before, read_file(args.manifest), now=int(time.time()), signers=args.signer, weights_roots=args.weights
+        before,
+        read_file(args.manifest),
+        now=int(time.time()),
+        signers=args.signer,
+        weights_roots=args.weights,
+        log=log_cli.read_vkeys(args.log),
+        proof=None if args.proof is None else read_file(args.proof, max_bytes=MAX_PROOF_BYTES),
     )
     write_file(args.policy, policies.encode_policy(after).encode())
     accepted = f"{len(after.images)} image(s), manifest version {after.manifest_version}"

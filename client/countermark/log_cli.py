@@ -103,7 +103,9 @@ def _source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key", action="append", default=[], metavar="VKEY", help="both of the log's keys, or a file of them"
     )
-    parser.add_argument("--operator", action="store_true", help="it is an operator log, not the log of a start")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--operator", action="store_true", help="it is an operator log, not the log of a start")
+    kind.add_argument("--measurements", action="store_true", help="it is a measurement log: the manifests of images")
     parser.add_argument("--policy", type=Path, help="for a node: it is appraised first, and its keys are attested")
     parser.add_argument("--ca-file", type=Path, metavar="PEM", help="authorities for an https URL")
 
@@ -112,7 +114,7 @@ def _passphrase(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help="the private keys are encrypted with it")
 
 
-def _vkeys(given: Sequence[str]) -> list[VerifierKey]:
+def read_vkeys(given: Sequence[str]) -> list[VerifierKey]:
     """Verifier keys as arguments, or a file of them, a line each."""
     texts: list[str] = []
     for item in given:
@@ -123,10 +125,10 @@ def _vkeys(given: Sequence[str]) -> list[VerifierKey]:
 @contextmanager
 def _opened(args: argparse.Namespace) -> Iterator[Opened]:
     """The source, and whose word its keys are."""
-    rules = Rules.OPERATOR if args.operator else Rules.BOOT
+    rules = Rules.OPERATOR if args.operator else Rules.MEASUREMENTS if args.measurements else Rules.BOOT
     if args.policy is not None:
-        if args.key or args.operator:
-            message = "--policy: expected neither --key nor --operator, because a node's keys are attested"
+        if args.key or rules is not Rules.BOOT:
+            message = "--policy: expected it alone, because a node's keys are attested and its log is that of a start"
             raise UsageError(message, code="usage.log")
         with connect(args.source, load_policy(args.policy)) as session:
             terminal.show_checks(session.verdict.checks)
@@ -140,10 +142,10 @@ def _opened(args: argparse.Namespace) -> Iterator[Opened]:
         return
     source = logsource.static(args.source, args.ca_file)
     if args.key:
-        origin, keys = log_keys(_vkeys(args.key))
+        origin, keys = log_keys(read_vkeys(args.key))
         yield Opened(source=source, origin=origin, keys=keys, rules=rules, vouched="the keys given")
         return
-    if args.operator:
+    if rules is not Rules.BOOT:
         raise UsageError("--key: expected both of the log's verifier keys, got none", code="usage.log")
     origin, keys = _own_keys(source)
     yield Opened(
@@ -220,7 +222,7 @@ def _witness(args: argparse.Namespace) -> None:
     keys = load_keys(args.key, passphrase=read_passphrase(args.passphrase_file))
     source = logsource.static(args.source)
     if args.operator:
-        witness = Witness(args.state, keys, *log_keys(_vkeys(args.operator)))
+        witness = Witness(args.state, keys, *log_keys(read_vkeys(args.operator)))
     else:
         witness = Witness(args.state, keys, *_own_keys(source), rules=Rules.BOOT)
     stop = threading.Event()

@@ -6,8 +6,10 @@ of log · 4 the root over them all is the checkpoint's. Where an older head is g
 
 Rules of a boot's log: leaf 0 is its EPOCH and no other leaf is, `sequence` is the index, every leaf names one boot, an
 OUTCOME or ABORT ends an INTENT of this log that has no end yet. Rules of an operator log: `formats.witnessed.Growth`.
+Rules of a measurement log: `formats.measured.Releases`.
 
-Memory: 8 KiB a level, the INTENTs without an end, and for an operator log its boot ids. Not checked here: what a
+Memory: 8 KiB a level, the INTENTs without an end, for an operator log its boot ids, for a measurement log what is
+revoked. Not checked here: what a
 commitment hides; cosignatures.
 """
 
@@ -21,6 +23,7 @@ from typing import Any, Protocol
 
 from countermark.checks import rfc3339
 from countermark.errors import LogError
+from countermark.formats.measured import MEASUREMENT, Releases, parse_measured
 from countermark.formats.records import Kind, Leaf, parse_leaf
 from countermark.formats.witnessed import Growth, OperatorLeaf, parse_operator_leaf
 from countermark.logkeys import verify_signature
@@ -38,6 +41,7 @@ class Rules(Enum):
 
     BOOT = "boot"
     OPERATOR = "operator"
+    MEASUREMENTS = "measurements"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,15 @@ class _OperatorLog:
         return "epoch"
 
 
+class _MeasurementLog:
+    def __init__(self) -> None:
+        self._releases = Releases()
+
+    def add(self, index: int, data: bytes, hashed: bytes) -> str:
+        self._releases.add(parse_measured(data))
+        return MEASUREMENT
+
+
 class _Tiles:
     """Tiles built again, level by level, each compared with the published one once it is full or the log ends."""
 
@@ -169,7 +182,7 @@ def verify_log(
 
     `note`: the head to use instead of the source's latest. `since`: a head seen before. Raises `FormatError`,
     `Unavailable` (`log.fetch.*`), `LogError`: `log.missing`, `log.origin`, `log.signature*`, `log.tile`, `log.leaf`,
-    `log.root`, `log.consistency` (not through `since`), `log.rolled_back` (shorter than it), and those of `Growth`.
+    `log.root`, `log.consistency` (not through `since`), `log.rolled_back` (shorter than it), and those of the rules.
     """
     note = source.checkpoint() if note is None else note
     head = verify_checkpoint(note, origin, keys, verify_signature)
@@ -177,7 +190,12 @@ def verify_log(
         message = f"checkpoint: expected at least the {since.size} leaves seen before, got {head.size}"
         raise LogError(message, code="log.rolled_back")
     boot, operator = _BootLog(), _OperatorLog()
-    entries: _Entries = boot if rules is Rules.BOOT else operator
+    every: dict[Rules, _Entries] = {
+        Rules.BOOT: boot,
+        Rules.OPERATOR: operator,
+        Rules.MEASUREMENTS: _MeasurementLog(),
+    }
+    entries = every[rules]
     rebuilt, whole, counts = _Tiles(source, head.size), CompactRange(), dict[str, int]()
     _compare_since(whole, since)
     for start in range(0, head.size, WIDTH):

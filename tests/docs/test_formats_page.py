@@ -96,7 +96,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         f"{what}.field"
         for what in (
             *("evidence", "claims", "leaf", "salts", "accepted", "answer", "receipt"),
-            *("operator_leaf", "witnessed", "receipt_witness", "epoch", "anchors"),
+            *("operator_leaf", "witnessed", "receipt_witness", "epoch", "anchors", "measured"),
         )
     ),
     "log.fetch.{reason}": tuple(f"log.fetch.{reason}" for reason in ("connection", "timeout", "status", "too_long")),

@@ -40,6 +40,7 @@ from countermark.formats import (
     eventlog,
     evidence,
     manifest,
+    measured,
     nvidia_evidence,
     ots,
     quote,
@@ -56,7 +57,7 @@ from countermark.gpu.revocation import parse_ocsp
 from countermark.gpu.rim import parse_rim
 from countermark.policy import encode_policy, parse_policy
 from countermark.tdx.endorsements import parse_endorsements
-from countermark.tlog import checkpoint, cosignature, tiles
+from countermark.tlog import checkpoint, cosignature, proof, tiles
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.config import parse_config
@@ -365,7 +366,7 @@ TARGETS: dict[str, Target] = {
     "manifest": Target(
         parse=manifest.parse_manifest,
         seeds=manifest_statements,
-        covers=("formats.manifest.parse_manifest",),
+        covers=("formats.manifest.parse_manifest", "formats.manifest.parse_shapes", "formats.manifest.parse_events"),
         mutators=(mutator.mutate, mutator.mutate_json),
     ),
     "policy": Target(
@@ -446,6 +447,21 @@ TARGETS: dict[str, Target] = {
         seeds=lambda: [witnessed.encode_operator_leaf(epoch(), bytes(32))],
         covers=("formats.witnessed.parse_operator_leaf",),
         mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "measurement log's leaf": Target(
+        parse=measured.parse_measured,
+        seeds=lambda: [measured.encode_measured(measured.leaf_of(machine().manifest, policy_for(machine()).images[0]))],
+        covers=("formats.measured.parse_measured",),
+        mutators=(mutator.mutate, mutator.mutate_cbor),
+    ),
+    "log proof": Target(
+        parse=proof.parse_proof,
+        seeds=lambda: [
+            proof.encode_proof(
+                proof.LogProof(index=5, hashes=(bytes(32),) * 3, checkpoint=world().committed.acceptance.checkpoint)
+            )
+        ],
+        covers=("tlog.proof.parse_proof",),
     ),
     "witnessed start": Target(
         parse=witnessed.parse_witnessed,

@@ -32,6 +32,7 @@ PREDICATE_TYPE = "https://countermark.dev/measurement/v1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_SHAPES = 64
+PLATFORMS = ("sim", "tdx", "vtpm")
 SIGNERS = (Algorithm.ES256, Algorithm.ML_DSA_65)
 _SIGNATURE_BYTES = {Algorithm.ES256: 64, Algorithm.ML_DSA_65: 3309}
 _MAX_TEXT = 256
@@ -231,7 +232,7 @@ def parse_manifest(data: bytes) -> Manifest:
         ),
         *("td_attributes", "xfam", "mrseam", "mrconfigid", "mrowner", "mrownerconfig", "events", "revoked_images"),
     )
-    if body["platform"] not in ("sim", "tdx", "vtpm"):
+    if body["platform"] not in PLATFORMS:
         raise FormatError("manifest.platform: expected sim, tdx or vtpm", code="manifest.platform")
     try:
         kind = ImageKind(body["kind"])

@@ -206,6 +206,7 @@ def parse_policy(data: bytes) -> Policy:
         "rim_root": _root(trust, "rim", "nvidia", NVIDIA_RIM_ROOT),
         "manifest_signers": manifest.digests("signers", 32),
         "manifest_version": manifest.get("highest_version", int),
+        "manifest_log": _vkeys(manifest, "log") or None,
         "revoked_images": manifest.digests("revoked_images", 32),
         "images": tuple(_image(item) for item in images),
         "endorsement_max_age_days": endorsements.get("max_age_days", int),
@@ -288,6 +289,8 @@ def encode_policy(policy: Policy) -> str:
         f"signers = {_list(policy.manifest_signers)}  # SHA-256 of the ES256 and the ML-DSA-65 COSE_Key",
         f"highest_version = {policy.manifest_version}  # never lower it: an older manifest is a rollback",
         f"revoked_images = {_list(policy.revoked_images)}  # by their publisher",
+        f"log = {_list(map(str, policy.manifest_log or ()))}  # both verifier keys of the measurement log that every"
+        " manifest must stand in; may be absent",
         "",
         "[endorsements]  # Intel's signed statements about platforms",
         f"max_age_days = {policy.endorsement_max_age_days}  # since TCB info, QE identity and PCK CRL were issued",

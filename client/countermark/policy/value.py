@@ -100,7 +100,8 @@ class Policy:
 
     `tdx_root`, `gpu_root`, `rim_root`: SHA-256 of the root certificates. `images`: verified manifests, whose registers
     are the reference values. `manifest_version`: the highest seen, never lowered. `manifest_signers`: SHA-256 of both
-    COSE_Keys. `ppids`, `gpu_chips`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
+    COSE_Keys. `manifest_log`: both verifier keys of the measurement log that a manifest must stand in, or none.
+    `ppids`, `gpu_chips`: hardware allow-lists, which `any_hardware` switches off; `configs` likewise.
     `operator_log`: its two verifier keys, or none. `witnesses`: verifier keys; those of one name are one witness, which
     counts when all of them have signed, and `witnesses_required` of them must.
     `tsa_roots`: SHA-256 of the certificates under which time stamps give a bundle its time; without one they are passed
@@ -117,6 +118,7 @@ class Policy:
     rim_root: bytes = NVIDIA_RIM_ROOT
     manifest_signers: tuple[bytes, ...] = ()
     manifest_version: int = 0
+    manifest_log: tuple[VerifierKey, ...] | None = None
     images: tuple[Manifest, ...] = ()
     revoked_images: tuple[bytes, ...] = ()
     endorsement_max_age_days: int = 30
@@ -217,11 +219,12 @@ def _check(policy: Policy) -> None:
 
 
 def _check_log(policy: Policy) -> None:
-    if policy.operator_log is not None:
-        try:
-            log_keys(policy.operator_log)
-        except FormatError as err:
-            raise _refuse(f"log.operator: {err}", "value") from err
+    for name, keys in (("manifest.log", policy.manifest_log), ("log.operator", policy.operator_log)):
+        if keys is not None:
+            try:
+                log_keys(keys)
+            except FormatError as err:
+                raise _refuse(f"{name}: {err}", "value") from err
     for key in policy.witnesses:
         if key.kind not in WITNESS_TYPES:
             wanted = "expected a witness's verifier key, of type 0x04 or 0x06"

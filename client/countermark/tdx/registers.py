@@ -20,6 +20,8 @@ from countermark.formats.manifest import Manifest, Shape
 from countermark.formats.quote import TdReport
 from countermark.tdx import eventlogs
 
+_UPDATE: Final = "do not use it until its operator has started a newer image"
+_PIN: Final = "get its manifest from your publisher, then `countermark policy pin`"
 _LAUNCH: Final = ("mrconfigid", "mrowner", "mrownerconfig", "td_attributes", "xfam")
 
 
@@ -29,13 +31,20 @@ def _expected(image: Manifest, shape: Shape) -> dict[str, bytes]:
 
 
 def verify_registers(
-    report: TdReport, images: Sequence[Manifest], *, platform: str, claimed: bytes, ccel: EventLog, now: int
+    report: TdReport,
+    images: Sequence[Manifest],
+    *,
+    platform: str,
+    claimed: bytes,
+    ccel: EventLog,
+    now: int,
+    revoked: Sequence[bytes] = (),
 ) -> tuple[Manifest, Shape]:
     """Step 5: find the one pinned image and launch shape whose every register this is.
 
-    `claimed`: the image id the evidence claims, only used to choose which differences to report. Raises `Undecidable`
-    `measurement.no_reference` (the policy pins no image) or `MeasurementError`: `measurement.platform`,
-    `measurement.<register>`, `manifest.not_yet_valid`, `manifest.expired`.
+    `claimed`: the image id the evidence claims. It, and `revoked`, the images publishers have withdrawn, only choose
+    what is said of a difference. Raises `Undecidable` `measurement.no_reference` (the policy pins no image) or
+    `MeasurementError`: `measurement.platform`, `measurement.<register>`, `manifest.not_yet_valid`, `manifest.expired`.
     """
     if not images:
         message = "reference values: expected a pinned measurement manifest in the policy, got none"
@@ -58,6 +67,10 @@ def verify_registers(
     message = f"{name}: expected {wanted_value.hex()}, got {found.hex()} (image {image.image_id.hex()}, {shape.name})"
     if name.startswith("rtmr"):
         message += f"; {_explained(image, shape, ccel, int(name[4]), found)}"
+    if claimed in revoked:
+        message += f"; the node says it runs image {claimed.hex()}, which its publisher has revoked: {_UPDATE}"
+    elif all(known.image_id != claimed for known in images):
+        message += f"; the node says it runs image {claimed.hex()}, which this policy does not pin: {_PIN}"
     raise MeasurementError(message, code=f"measurement.{name}", step="5")
 
 
@@ -69,7 +82,8 @@ def _verify_validity(image: Manifest, now: int) -> None:
         raise MeasurementError(message, code="manifest.not_yet_valid", step="5")
     if now > image.not_after:
         message = (
-            f"manifest of image {image.image_id.hex()}: valid until {rfc3339(image.not_after)}, time is {rfc3339(now)}"
+            f"manifest of image {image.image_id.hex()}: valid until {rfc3339(image.not_after)}, time is {rfc3339(now)};"
+            " get your publisher's current manifest, then `countermark policy pin`"
         )
         raise MeasurementError(message, code="manifest.expired", step="5")
 

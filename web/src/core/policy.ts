@@ -79,6 +79,7 @@ export interface Policy {
   readonly anyConfig: boolean;
   readonly configs: readonly Bytes[];
   /** The two verifier keys of the operator log; empty for none. */
+  readonly manifestLog: readonly VerifierKey[];
   readonly operatorLog: readonly VerifierKey[];
   /** Those of one name are one witness, which counts when all of them have signed. */
   readonly witnesses: readonly VerifierKey[];
@@ -276,6 +277,7 @@ export function parsePolicy(text: string): Policy {
     manifestSigners: manifest.digests("signers", 32),
     manifestVersion: number(manifest, "highest_version", 0n, 1n << 53n),
     revokedImages: manifest.digests("revoked_images", 32),
+    manifestLog: vkeys(manifest, "log"),
     images: images.map(imageOf),
     endorsementMaxAgeDays: number(endorsements, "max_age_days", 1n, BigInt(MAX_VALIDITY_DAYS)),
     minTcbEvaluationDataNumber: number(endorsements, "min_tcb_evaluation_data_number", 0n, 1n << 31n),
@@ -385,10 +387,12 @@ function check(policy: Policy, numbers: readonly [string, bigint, bigint, bigint
   }
 }
 
-function checkLog({ operatorLog, witnesses, witnessesRequired }: Policy): void {
-  if (operatorLog.length && !isLog(operatorLog)) {
-    const wanted = "expected one verifier key of type 0x01 and one of type 0x06 with one name";
-    throw bad("value", `log.operator: ${wanted}`);
+function checkLog({ manifestLog, operatorLog, witnesses, witnessesRequired }: Policy): void {
+  for (const [name, keys] of [["manifest.log", manifestLog], ["log.operator", operatorLog]] as const) {
+    if (keys.length && !isLog(keys)) {
+      const wanted = "expected one verifier key of type 0x01 and one of type 0x06 with one name";
+      throw bad("value", `${name}: ${wanted}`);
+    }
   }
   const strange = witnesses.find(({ kind }) => !WITNESS_TYPES.includes(kind));
   if (strange) {
