@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from countermark.errors import CountermarkError
     from countermark.policy import load_policy
+    from countermark.retrying import Retry
     from countermark.session import Answer, Session, connect
     from countermark.verify import Verification, verify_bundle
 else:
     _WHERE = {
         "Answer": "session",
         "CountermarkError": "errors",
+        "Retry": "retrying",
         "Session": "session",
         "Verification": "verify",
         "connect": "session",
@@ -31,4 +33,13 @@ else:
         return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))
 
 
-__all__ = ["Answer", "CountermarkError", "Session", "Verification", "connect", "load_policy", "verify_bundle"]
+__all__ = [
+    "Answer",
+    "CountermarkError",
+    "Retry",
+    "Session",
+    "Verification",
+    "connect",
+    "load_policy",
+    "verify_bundle",
+]

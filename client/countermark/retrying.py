@@ -7,16 +7,16 @@ is never asked for again, because a node that fails a check is not talked to.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from countermark.errors import Recorded, Unavailable, UsageError
 
 T = TypeVar("T")
-_GROWTH: Final = 2.0
 _JITTER: Final = 0.25  # so that clients that were refused together do not come back together
 
 
@@ -36,17 +36,19 @@ class Retry:
             message = f"retry: expected at least one attempt and growing waits, got {self}"
             raise UsageError(message, code="usage.retry")
 
-    def waits(self) -> Iterator[float]:
-        """Between one attempt and the next, before a server's advice."""
-        wait_s = self.first_wait_s
-        for _ in range(self.attempts - 1):
-            yield min(wait_s, self.longest_wait_s)
-            wait_s *= _GROWTH
+    def wait_s(self, attempt: int, err: Unavailable) -> float | None:
+        """How long to wait after the failure of this attempt, the first being 1. None: it is not to be repeated.
+
+        A server that asks for more than the longest wait is taken at its word.
+        """
+        own_s = min(self.first_wait_s * 2.0 ** (attempt - 1), self.longest_wait_s)
+        wait_s = max(own_s, err.retry_after_s or 0.0)
+        if attempt >= self.attempts or wait_s > self.longest_wait_s or err.recorded is not Recorded.NO:
+            return None
+        return wait_s * random.uniform(1.0, 1.0 + _JITTER)  # noqa: S311  spreads load; decides nothing
 
 
-def is_safe(err: Unavailable) -> bool:
-    """Whether the same call may be made again without a second record."""
-    return err.recorded is Recorded.NO
+ONCE: Final = Retry(attempts=1)
 
 
 def retrying(
@@ -59,15 +61,13 @@ def retrying(
     """`call()`, and again while it raises an `Unavailable` that is safe to repeat. Raises what the last one raised.
 
     `while_`: whether there is still something to ask, such as a connection.
-
-    A server that asks for more than the longest wait is taken at its word: its error is raised at once.
     """
-    for own_s in retry.waits() if retry is not None else ():
+    for attempt in itertools.count(1):
         try:
             return call()
         except Unavailable as err:
-            wait_s = max(own_s, err.retry_after_s or 0.0)
-            if retry is None or wait_s > retry.longest_wait_s or not (is_safe(err) and while_()):
+            wait_s = (retry or ONCE).wait_s(attempt, err)
+            if wait_s is None or not while_():
                 raise
-        sleep(wait_s * random.uniform(1.0, 1.0 + _JITTER))  # noqa: S311  spreads load; decides nothing
-    return call()
+            sleep(wait_s)
+    raise AssertionError("counting has no end")
