@@ -2,7 +2,7 @@
 
 Deterministic CBOR, format version 1, ours: {v, type "measurement", envelope, version, kind, platform, image_id,
 revoked}. `envelope` is the SHA-256 of the signed manifest (`formats.manifest`), which is published beside the log under
-that name; the rest repeats what the manifest says, so that whoever follows the log sees what was published, and what
+its version; the rest repeats what the manifest says, so that whoever follows the log sees what was published, and what
 was withdrawn, without fetching anything.
 
 The **rule of growth** (`Releases`): versions only grow, whatever the kind of the image, and a revoked image is not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from countermark.policy.modules import KNOWN_MRSEAM
-from countermark.policy.pin import new_policy, pin, verify_manifest
+from countermark.policy.pin import new_policy, pin, verify_manifest, verify_signatures
 from countermark.policy.toml import encode_policy, load_policy, parse_policy
 from countermark.policy.value import (
     DAY_S,
@@ -38,4 +38,5 @@ __all__ = [
     "parse_policy",
     "pin",
     "verify_manifest",
+    "verify_signatures",
 ]

@@ -149,10 +149,10 @@ def _verify_logged(
     return wanted
 
 
-def verify_manifest(envelope: bytes, *, signers: Sequence[bytes], now: int) -> Manifest:
-    """Verify both DSSE signatures under keys whose COSE_Key digests are in `signers`, and the validity at `now`.
+def verify_signatures(envelope: bytes, *, signers: Sequence[bytes]) -> Manifest:
+    """Verify both DSSE signatures under keys whose COSE_Key digests are in `signers`. Accepts no image for that alone.
 
-    Raises `FormatError` (`manifest.*`) or `MeasurementError` as `pin` does.
+    Raises `FormatError` (`manifest.*`) or `MeasurementError`: `manifest.signer`, `manifest.signature`.
     """
     parsed = manifests.parse_envelope(envelope)
     message = manifests.pae(parsed.payload)
@@ -164,7 +164,15 @@ def verify_manifest(envelope: bytes, *, signers: Sequence[bytes], now: int) -> M
         if not keys.load(item.key).verify(item.signature, message):
             text = f"manifest: the {item.key.algorithm.name} signature of {item.keyid} does not verify"
             raise MeasurementError(text, code="manifest.signature")
-    image = manifests.parse_manifest(parsed.payload)
+    return manifests.parse_manifest(parsed.payload)
+
+
+def verify_manifest(envelope: bytes, *, signers: Sequence[bytes], now: int) -> Manifest:
+    """Verify both signatures as `verify_signatures` does, and the validity at `now`.
+
+    Raises `FormatError` (`manifest.*`) or `MeasurementError` as `pin` does.
+    """
+    image = verify_signatures(envelope, signers=signers)
     if now < image.not_before:
         text = f"manifest: valid from {rfc3339(image.not_before)}, time is {rfc3339(now)}"
         raise MeasurementError(text, code="manifest.not_yet_valid")
