@@ -1,4 +1,4 @@
-"""Verify and load an artefact: three files of one directory, all of them untrusted.
+"""Verify and load an artefact: three files of one directory, all of them untrusted; or a block device of dm-verity's.
 
 `weights.img` is a USTAR archive (`pack`), `weights.verity` its dm-verity hash device (`verity`), `weights.json` a
 convenience copy of the root and a few facts. A load checks, in this order:
@@ -7,7 +7,8 @@ convenience copy of the root and a few facts. A load checks, in this order:
    is for the caller to compare it with a policy)
  2 sizes and superblock
  3 every tree block and data block against the root (`verify=False`: the top tree block only, for a device that the
-   kernel's dm-verity has opened with that root and checks on every read)
+   kernel's dm-verity has opened with that root and checks on every read). Where `weights.img` is a block device
+   (`device`) the kernel has the tree: every block is read once, so that a bad one is named before anything is computed
  4 the archive: every byte accounted for, members exactly those that `model.json` implies, in order
  5 MANIFEST: BLAKE3 of every other member, `b3sum` format (`verify=False`: of the text members only)
  6 tensor values: finite, scales not negative, int8 never -128, |cos| and |sin| at most 1 (skipped with `verify=False`)
@@ -19,6 +20,7 @@ replaces the file's content afterwards; that is dm-verity's work.
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from countermark.errors import WeightsError
-from countermark_appliance.engine.weights import verity
+from countermark_appliance.engine.weights import device, verity
 from countermark_appliance.engine.weights.config import ModelConfig, TensorSpec, tensor_specs
 from countermark_appliance.engine.weights.modeljson import parse_model
 from countermark_appliance.engine.weights.pack import RECORD, Member, padded, read_header, read_members
@@ -108,7 +110,7 @@ def verify(directory: Path, *, expected_root: bytes | None = None, progress: Pro
         config=artefact.config,
         weights_root=artefact.weights_root,
         manifest_digest=artefact.manifest_digest,
-        data_blocks=(directory / IMAGE).stat().st_size // verity.BLOCK,
+        data_blocks=len(_open(directory / IMAGE)) // verity.BLOCK,
         tensors=len(artefact.tensors),
     )
 
@@ -123,16 +125,19 @@ def load(
     """Load an artefact after the checks above. `progress(done_bytes, total_bytes, label)` while hashing.
 
     Raises `WeightsError`: `weights.missing`, `weights.truncated`, `weights.superblock`, `weights.root`, `weights.tree`,
-    `weights.block` (a `DamagedBlock`), `weights.image`, `weights.members`, `weights.manifest`, `weights.json`,
+    `weights.block` (a `DamagedBlock`), `weights.device`, `weights.image`, `weights.members`, `weights.manifest`, `weights.json`,
     `weights.model_json`, `weights.unsupported_*`, `weights.text`, `weights.values`.
     """
-    image, tree = _open(directory / IMAGE), _open(directory / TREE)
+    image, opened = _open(directory / IMAGE), device.opened_root(directory / IMAGE)
+    tree = _open(directory / TREE) if opened is None else memoryview(b"")
     # 1, 2
-    root = expected_root if expected_root is not None else _sidecar_root(directory / SIDECAR)
+    if expected_root is None and opened is None:
+        expected_root = _sidecar_root(directory / SIDECAR)
+    root = expected_root if expected_root is not None else opened
     if len(image) % verity.BLOCK or len(image) < 2 * verity.BLOCK:
         raise WeightsError(f"{IMAGE}: expected whole blocks of {verity.BLOCK} bytes", code="weights.truncated")
-    found = verity.stored_root(tree, len(image) // verity.BLOCK)
-    if found != root:
+    found = opened if opened is not None else verity.stored_root(tree, len(image) // verity.BLOCK)
+    if root is None or found != root:
         raise WeightsError(f"weights root: expected {root.hex()}, got {found.hex()}", code="weights.root")
     # 3
     total = 2 * len(image)
@@ -144,8 +149,10 @@ def load(
         if progress is not None:
             progress(min(done, total), total, label)
 
-    if verify:
+    if verify and opened is None:
         _check_blocks(image, tree, root, advance)
+    elif verify:
+        _read_blocks(directory / IMAGE, image, advance)
     # 4
     listed = read_members(image)
     members = {member.name: member for member in listed}
@@ -222,7 +229,8 @@ def _sidecar_root(path: Path) -> bytes:
 def _open(path: Path) -> memoryview:
     try:
         with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            size = file.seek(0, os.SEEK_END)  # what fstat says of a block device is 0
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
     except OSError as err:
         raise WeightsError(f"{path}: {err.strerror}", code="weights.missing") from err
     except ValueError as err:
@@ -236,6 +244,13 @@ def _check_blocks(image: memoryview, tree: memoryview, root: bytes, advance: Cal
     if bad.level is not None:
         raise WeightsError(f"{TREE}: level {bad.level}, block {bad.index}: wrong digest", code="weights.tree")
     raise DamagedBlock(block=bad.index, member=_owners(image, bad.index))
+
+
+def _read_blocks(path: Path, image: memoryview, advance: Callable[[int], None]) -> None:
+    """Every block through dm-verity, which answers EIO for one that is not in the tree it was opened with."""
+    bad = device.first_unreadable(path, len(image), advance)
+    if bad is not None:
+        raise DamagedBlock(block=bad, member=_owners(image, bad))
 
 
 def _owners(image: memoryview, block: int) -> str:

@@ -1,31 +1,32 @@
-"""dm-verity hash trees, as `veritysetup format` writes them, computed and checked in Python.
+"""dm-verity hash trees, as `veritysetup format` writes them, computed and checked in Python; form: `verityformat`.
 
-Format: Linux `Documentation/admin-guide/device-mapper/verity.rst` and cryptsetup's on-disk format (version 1, hash
-type 1, SHA-256, data and hash blocks of 4096 bytes): one superblock block, then the levels from the root's block down
-to the leaves; a digest is SHA-256(salt || block), 128 digests a hash block, the last one of a level padded with zeros.
-The root is the digest of the top block. Salt and UUID are fixed: the same data has the same tree, bit for bit.
-
-hashlib releases the interpreter lock for each 4096-byte block, so leaves are hashed on a few threads in parallel.
+The root is the digest of the top block. hashlib releases the interpreter lock for each 4096-byte block, so leaves are
+hashed on a few threads in parallel.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from countermark.errors import WeightsError
+from countermark_appliance.engine.verityformat import (
+    BLOCK,
+    DIGEST,
+    SALT,
+    UUID,
+    level_sizes,
+    stated_blocks,
+    superblock,
+    tree_bytes,
+)
 from countermark_appliance.engine.weights.parallel import ordered
 
-BLOCK = 4096
-DIGEST = 32
-FANOUT = BLOCK // DIGEST
-SALT = hashlib.sha256(b"countermark/weights/verity/salt/v1").digest()
-UUID = hashlib.sha256(b"countermark/weights/verity/uuid/v1").digest()[:16]
-_SUPERBLOCK = struct.Struct("<8sII16s32sIIQH6s256s168s")
-_DATA_BLOCKS = 7  # index of that field
-_MAX_BLOCKS = 1 << 40
+__all__ = [
+    *("BLOCK", "DIGEST", "SALT", "UUID", "BadBlock", "build_tree", "digest", "first_bad_block", "leaf_chunks"),
+    *("level_sizes", "stored_root", "superblock", "tree_bytes"),
+]
 _CHUNK_BLOCKS = 1024
 
 Progress = Callable[[int], None]
@@ -39,43 +40,9 @@ class BadBlock:
     index: int
 
 
-def superblock(data_blocks: int) -> bytes:
-    """The first block of the hash device."""
-    packed = _SUPERBLOCK.pack(
-        b"verity\0\0",
-        1,  # version
-        1,  # hash type: salt first
-        UUID,
-        b"sha256",
-        BLOCK,
-        BLOCK,
-        data_blocks,
-        len(SALT),
-        bytes(6),
-        SALT,
-        bytes(168),
-    )
-    return packed.ljust(BLOCK, b"\0")
-
-
 def digest(block: bytes | memoryview) -> bytes:
     """SHA-256(salt || block)."""
     return hashlib.sha256(SALT + block).digest()
-
-
-def level_sizes(data_blocks: int) -> list[int]:
-    """Hash blocks of each level, leaves first, the last one 1. Empty for one data block: the root is its digest."""
-    sizes: list[int] = []
-    count = data_blocks
-    while count > 1:
-        count = -(-count // FANOUT)
-        sizes.append(count)
-    return sizes
-
-
-def tree_bytes(data_blocks: int) -> int:
-    """Size of the hash device, superblock included."""
-    return BLOCK * (1 + sum(level_sizes(data_blocks)))
 
 
 def leaf_chunks(image: memoryview, progress: Progress) -> Iterator[bytes]:
@@ -114,9 +81,7 @@ def stored_root(tree: memoryview, data_blocks: int) -> bytes:
     """
     if len(tree) < 2 * BLOCK:
         raise WeightsError(f"hash tree: expected at least two blocks, got {len(tree)} bytes", code="weights.truncated")
-    stated = int(_SUPERBLOCK.unpack(tree[: _SUPERBLOCK.size])[_DATA_BLOCKS])
-    if tree[:BLOCK] != superblock(stated) or not 2 <= stated <= _MAX_BLOCKS:
-        raise WeightsError("hash tree: expected the superblock of our parameters", code="weights.superblock")
+    stated = stated_blocks(tree[:BLOCK])
     for what, expected, got in (("image", stated, data_blocks), ("hash tree", tree_bytes(stated), len(tree))):
         if expected != got:
             unit = "blocks" if what == "image" else "bytes"
