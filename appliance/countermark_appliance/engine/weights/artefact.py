@@ -131,13 +131,11 @@ def load(
     image, opened = _open(directory / IMAGE), device.opened_root(directory / IMAGE)
     tree = _open(directory / TREE) if opened is None else memoryview(b"")
     # 1, 2
-    if expected_root is None and opened is None:
-        expected_root = _sidecar_root(directory / SIDECAR)
-    root = expected_root if expected_root is not None else opened
+    root = expected_root or opened or _sidecar_root(directory / SIDECAR)
     if len(image) % verity.BLOCK or len(image) < 2 * verity.BLOCK:
         raise WeightsError(f"{IMAGE}: expected whole blocks of {verity.BLOCK} bytes", code="weights.truncated")
     found = opened if opened is not None else verity.stored_root(tree, len(image) // verity.BLOCK)
-    if root is None or found != root:
+    if found != root:
         raise WeightsError(f"weights root: expected {root.hex()}, got {found.hex()}", code="weights.root")
     # 3
     total = 2 * len(image)

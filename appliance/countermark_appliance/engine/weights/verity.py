@@ -24,8 +24,19 @@ from countermark_appliance.engine.verityformat import (
 from countermark_appliance.engine.weights.parallel import ordered
 
 __all__ = [
-    *("BLOCK", "DIGEST", "SALT", "UUID", "BadBlock", "build_tree", "digest", "first_bad_block", "leaf_chunks"),
-    *("level_sizes", "stored_root", "superblock", "tree_bytes"),
+    "BLOCK",
+    "DIGEST",
+    "SALT",
+    "UUID",
+    "BadBlock",
+    "build_tree",
+    "digest",
+    "first_bad_block",
+    "leaf_chunks",
+    "level_sizes",
+    "stored_root",
+    "superblock",
+    "tree_bytes",
 ]
 _CHUNK_BLOCKS = 1024
 
