@@ -1,0 +1,136 @@
+"""From everything that was unpacked, the files of an image: what keep.txt names, and the libraries those files need.
+
+keep.txt has one pattern a line, below `/`: `*` and `?` stay in one path part, `**` crosses them, and a pattern names files
+and links, never folders. `!` takes away again; the last pattern that matches a path decides. A pattern that matches
+nothing is an error, so that the list cannot rot. `[production]`, `[test]` and so on open lines for one kind only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from .elf import read_dynamic
+from .errors import BuildError
+
+LIBRARY_PATH: Final = ("usr/lib/x86_64-linux-gnu", "usr/lib")
+
+
+def parse_keep(text: str, kinds: Iterable[str]) -> list[tuple[bool, str, re.Pattern[str]]]:
+    """The patterns that hold for these kinds, in order: (keep or drop, as written, compiled)."""
+    wanted, rules, active = set(kinds), [], True
+    for line in text.splitlines():
+        line = line.split("#", 1)[0].strip()
+        if not line:
+            continue
+        if line.startswith("["):
+            active = line == "[all]" or line[1:-1] in wanted
+        elif active:
+            keep, pattern = not line.startswith("!"), line.removeprefix("!")
+            rules.append((keep, line, re.compile(_regex(pattern))))
+    return rules
+
+
+def _regex(pattern: str) -> str:
+    out = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|[^*?]+", pattern):
+        out += {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token)
+    return out
+
+
+def walk(root: Path) -> list[str]:
+    """Every file and link below `root`, as sorted relative paths; links to folders are links."""
+    found = []
+    for folder, names, files in os.walk(root):
+        base = os.path.relpath(folder, root)
+        for name in files + [name for name in names if os.path.islink(os.path.join(folder, name))]:
+            found.append(os.path.normpath(os.path.join(base, name)))
+    return sorted(found)
+
+
+def select(root: Path, rules: list[tuple[bool, str, re.Pattern[str]]], what: str) -> list[str]:
+    """The paths below `root` that the rules keep. Raises `BuildError` for rules that match nothing."""
+    matched: set[str] = set()
+    kept = []
+    for path in walk(root):
+        decision = False
+        for keep, line, pattern in rules:
+            if pattern.fullmatch(path):
+                decision = keep
+                matched.add(line)
+        if decision:
+            kept.append(path)
+    if idle := [line for _, line, _ in rules if line not in matched]:
+        raise BuildError(f"{what}: no file matches {', '.join(idle)}")
+    return kept
+
+
+def close(root: Path, kept: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """`kept`, and every library below `root` that a kept ELF file needs, links followed.
+
+    Returns the paths, sorted, and for each that was added the file that asked for it first. Raises `BuildError` when a
+    library or a link's target is nowhere below `root`.
+    """
+    added: dict[str, str] = {}
+    todo = list(kept)
+    seen = set(todo)
+
+    def take(path: str, why: str) -> None:
+        if path not in seen:
+            seen.add(path)
+            added[path] = why
+            todo.append(path)
+
+    while todo:
+        path = todo.pop()
+        full = root / path
+        if full.is_symlink():
+            if target := link_target(root, path):
+                take(target, path)
+            continue
+        dynamic = read_dynamic(full)
+        if dynamic is None:
+            continue
+        if dynamic.interpreter:
+            take(resolve_links(root, dynamic.interpreter.lstrip("/")), path)
+        origin = str(PurePosixPath(path).parent)
+        folders = [
+            os.path.normpath(part.replace("$ORIGIN", "/" + origin).replace("${ORIGIN}", "/" + origin)).lstrip("/")
+            for part in dynamic.run_path
+        ]
+        for name in dynamic.needed:
+            # Last, beside the file: systemd's own library, which the program that loads this one has loaded before.
+            search = (*folders, *LIBRARY_PATH, origin)
+            place = next((f"{folder}/{name}" for folder in search if (root / folder / name).exists()), None)
+            if place is None:
+                raise BuildError(f"{path} needs {name}, which no locked package has")
+            take(place, path)
+    return sorted(seen), added
+
+
+def link_target(root: Path, path: str) -> str | None:
+    """The file that a link points to, as a path below `root`; None when it points to a folder or out of the packages."""
+    text = os.readlink(root / path)
+    joined = text.lstrip("/") if text.startswith("/") else str(PurePosixPath(path).parent / text)
+    target = resolve_links(root, os.path.normpath(joined))
+    full = root / target
+    if full.is_file() or full.is_symlink():
+        return target
+    return None
+
+
+def resolve_links(root: Path, path: str) -> str:
+    """`path` with links to folders on the way followed (`lib64/x` is `usr/lib64/x`); its last part stays a link."""
+    done: list[str] = []
+    for part in PurePosixPath(path).parent.parts:
+        here = "/".join([*done, part])
+        if (root / here).is_symlink():
+            text = os.readlink(root / here)
+            joined = text.lstrip("/") if text.startswith("/") else "/".join([*done, text])
+            done = list(PurePosixPath(os.path.normpath(joined)).parts)
+        else:
+            done.append(part)
+    return "/".join([*done, PurePosixPath(path).name])
