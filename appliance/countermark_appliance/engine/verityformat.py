@@ -2,8 +2,8 @@
 
 Linux `Documentation/admin-guide/device-mapper/verity.rst` and cryptsetup's on-disk format (version 1, hash type 1,
 SHA-256, data and hash blocks of 4096 bytes): one superblock block, then the levels from the root's block down to the
-leaves; a digest is SHA-256(salt || block), 128 digests a hash block, the last one of a level padded with zeros. Salt and
-UUID are fixed: the same data has the same tree, bit for bit. Not here: hashing (`engine.weights.verity`).
+leaves; a digest is SHA-256(salt || block), 128 digests a hash block, the last one of a level padded with zeros. Salt
+and UUID are fixed: the same data has the same tree, bit for bit. Not here: hashing (`engine.weights.verity`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from countermark.errors import ConfigError
@@ -77,7 +78,7 @@ def open_platform(config: Config) -> Platform:
     """Boot the platform that the configuration names.
 
     Raises `ConfigError`: `platform.unknown`, `platform.unavailable` (not in this build), `platform.state`, or what
-    `platform.tdx.open_tdx` and `platform.endorsements.open_endorsements` raise.
+    `platform.tdx.open_tdx`, `platform.vtpm.open_vtpm` and `platform.endorsements.open_endorsements` raise.
     """
     match config.platform:
         case PlatformName.SIM.value:
@@ -85,20 +86,40 @@ def open_platform(config: Config) -> Platform:
         case PlatformName.TDX.value:
             return _open_tdx(config)
         case PlatformName.VTPM.value:
-            message = f"platform.name: {config.platform} is not available in this build"
-            raise ConfigError(message, code="platform.unavailable")
+            return _open_vtpm(config)
     raise ConfigError(f"platform.name: expected sim, tdx or vtpm, got {config.platform!r}", code="platform.unknown")
 
 
 def _open_sim(config: Config) -> Platform:
+    state = _simulated_state(config)
+    try:
+        from countermark_appliance.platform import sim  # noqa: PLC0415  production images carry no `sim` package
+    except ImportError as err:
+        raise _unavailable(config) from err
+    return sim.boot(sim.load(state))
+
+
+def _open_vtpm(config: Config) -> Platform:
+    state = _simulated_state(config)
+    try:
+        from countermark_appliance.platform import vtpm  # noqa: PLC0415  in test images alone
+    except ImportError as err:
+        raise _unavailable(config) from err
+    return vtpm.open_vtpm(state)
+
+
+def _simulated_state(config: Config) -> Path:
     if config.platform_state is None:
         raise ConfigError(
             "platform.state: expected the directory that `countermark-appliance sim new` made, got none",
             code="platform.state",
         )
-    from countermark_appliance.platform import sim  # noqa: PLC0415  production images carry no `sim` package
+    return config.platform_state
 
-    return sim.boot(sim.load(config.platform_state))
+
+def _unavailable(config: Config) -> ConfigError:
+    message = f"platform.name: {config.platform} is not in this build: it has no code that simulates"
+    return ConfigError(message, code="platform.unavailable")
 
 
 def _open_tdx(config: Config) -> Platform:

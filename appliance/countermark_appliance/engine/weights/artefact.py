@@ -125,13 +125,15 @@ def load(
     """Load an artefact after the checks above. `progress(done_bytes, total_bytes, label)` while hashing.
 
     Raises `WeightsError`: `weights.missing`, `weights.truncated`, `weights.superblock`, `weights.root`, `weights.tree`,
-    `weights.block` (a `DamagedBlock`), `weights.device`, `weights.image`, `weights.members`, `weights.manifest`, `weights.json`,
-    `weights.model_json`, `weights.unsupported_*`, `weights.text`, `weights.values`.
+    `weights.block` (a `DamagedBlock`), `weights.device`, `weights.image`, `weights.members`, `weights.manifest`,
+    `weights.json`, `weights.model_json`, `weights.unsupported_*`, `weights.text`, `weights.values`.
     """
     image, opened = _open(directory / IMAGE), device.opened_root(directory / IMAGE)
     tree = _open(directory / TREE) if opened is None else memoryview(b"")
     # 1, 2
-    root = expected_root or opened or _sidecar_root(directory / SIDECAR)
+    root = opened if expected_root is None else expected_root
+    if root is None:
+        root = _sidecar_root(directory / SIDECAR)
     if len(image) % verity.BLOCK or len(image) < 2 * verity.BLOCK:
         raise WeightsError(f"{IMAGE}: expected whole blocks of {verity.BLOCK} bytes", code="weights.truncated")
     found = opened if opened is not None else verity.stored_root(tree, len(image) // verity.BLOCK)

@@ -61,14 +61,14 @@ class TdLaunch:
 class SimPlatform:
     """`platform.base.Platform` in software. Thread-safe."""
 
-    def __init__(self, state: State, launch: TdLaunch, image: bytes) -> None:
-        events = measure.as_log_events(measure.boot_events(image))
-        log = eventlog.encode_event_log(EventLog(spec=SpecId(), events=events))
+    def __init__(self, state: State, launch: TdLaunch, image: bytes, events: Sequence[Event]) -> None:
+        """`events`: what the firmware's log holds, registers 1 to 3 (RTMR0 to RTMR2)."""
+        log = eventlog.encode_event_log(EventLog(spec=SpecId(), events=tuple(events)))
         rtmr0, rtmr1, rtmr2, _ = eventlog.replay(events)
         self._state = state
         self._launch = launch
         self._image_id = image
-        self._ccel = log + b"\xff" * (_CCEL_BYTES - len(log))
+        self._ccel = log + b"\xff" * max(0, _CCEL_BYTES - len(log))
         self._registers = (rtmr0, rtmr1, rtmr2)
         self._attestation_key = ec.generate_private_key(ec.SECP256R1())
         self._gpus = sorted(state.gpus, key=nvidia.Gpu.device_key_digest)
@@ -83,7 +83,7 @@ class SimPlatform:
 
     @property
     def image_id(self) -> bytes:
-        """32 bytes, measured from the code files at boot."""
+        """32 bytes: on `sim`, measured from the code files at boot."""
         return self._image_id
 
     @property
@@ -181,7 +181,8 @@ def boot(state: State, launch: TdLaunch | None = None, *, roots: Sequence[Path] 
 
     Raises `ConfigError` `platform.code` when the code files cannot be read.
     """
-    return SimPlatform(state, launch or TdLaunch(), measure.image_id(roots))
+    image = measure.image_id(roots)
+    return SimPlatform(state, launch or TdLaunch(), image, measure.as_log_events(measure.boot_events(image)))
 
 
 def _qe_report(attestation_key: bytes) -> EnclaveReport:
