@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any, NoReturn
 from countermark import (
     arguments,
     bundle_cli,
+    chat_cli,
+    doctor_cli,
     endorsements_cli,
     evidence_cli,
     explain,
@@ -35,13 +36,14 @@ from countermark.checks import rfc3339
 from countermark.demo import DemoResult, run_demo
 from countermark.errors import (
     CountermarkError,
-    RequestError,
     UsageError,
 )
 from countermark.files import read_file, write_file
 from countermark.formats.ots import MAX_HEADERS_BYTES
 from countermark.policy import Policy, Profile, load_policy
-from countermark.session import Session, connect
+from countermark.proxy import cli as proxy_cli
+from countermark.session import connect
+from countermark.summary import summary
 from countermark.tlog.proof import MAX_PROOF_BYTES
 from countermark.verify import Verification, verify_bundle
 
@@ -115,30 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     attest.add_argument("address", metavar="HOST:PORT")
     attest.add_argument("--policy", type=Path, required=True)
 
-    chat = _command(commands, "chat", _chat, "send one prompt and print the checked answer", json_=True)
-    chat.add_argument("address", metavar="HOST:PORT")
-    chat.add_argument("prompt", nargs="?", help="default: read from stdin")
-    chat.add_argument("--policy", type=Path, required=True)
-    chat.add_argument("--system", help="system message")
-    chat.add_argument("--max-tokens", type=int)
-    chat.add_argument("--temperature", type=float, help="0 is greedy (default)")
-    chat.add_argument("--top-k", type=int)
-    chat.add_argument("--top-p", type=float)
-    chat.add_argument("--min-p", type=float)
-    chat.add_argument("--seed", type=int, help="drawn by the node, and recorded, when absent")
-    chat.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
-    chat.add_argument(
-        "--value",
-        action="append",
-        default=[],
-        type=arguments.pair,
-        metavar="NAME=TEXT",
-        help="what the chat template would take from a clock, such as date_string; may be repeated",
-    )
-    chat.add_argument("--bundle", type=Path, help="save the answer with its proof to this file")
-    chat.add_argument("--manifest", type=Path, help="signed measurement manifest to put into the bundle")
-    for online in (attest, chat):
-        endorsements_cli.add_options(online)
+    endorsements_cli.add_options(attest)
+    chat_cli.add_command(commands, _command)
 
     verify = _command(commands, "verify", _verify, "verify a bundle offline", json_=True)
     verify.add_argument("bundle", type=Path)
@@ -153,14 +133,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="block headers for OpenTimestamps anchors",
     )
-    verify.add_argument("--explain", action="store_true", help="say what each failed or skipped check means")
 
     bundle_cli.add_commands(commands, _command)
     evidence_cli.add_commands(commands, _command)
     endorsements_cli.add_command(commands, _command)
     log_cli.add_commands(commands, _command)
     gate_cli.add_command(commands, _command)
+    proxy_cli.add_command(commands, _command)
     replay_cli.add_command(commands, _command)
+    doctor_cli.add_commands(commands, _command, _parser)
 
     policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
         required=True, metavar="ACTION"
@@ -198,9 +179,19 @@ def _command(
     text: str,
     *,
     json_: bool = False,
+    examples: str = "",
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text[:1].upper() + text[1:] + ".",
+        epilog=f"{examples}\n\n{EXIT_CODES}" if examples else EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=run)
+    parser.add_argument(
+        "--explain", action="store_true", help="say what a failed or skipped check means, and what to do"
+    )
     if json_:
         parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
@@ -222,52 +213,11 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _attest(args: argparse.Namespace) -> None:
     with connect(args.address, load_policy(args.policy), endorsements=endorsements_cli.chosen(args)) as session:
-        _show_verdict(session)
+        chat_cli.show_session(session)
         if args.json:
             _print_json(session.verdict.as_json() | {"witnesses": str(session.witnessed)})
         else:
-            print(f"{session.verdict}, {session.witnessed}")
-
-
-def _chat(args: argparse.Namespace) -> None:
-    policy = load_policy(args.policy)
-    manifest = read_file(args.manifest) if args.manifest else None
-    if manifest is not None and args.bundle is None:
-        raise UsageError("--manifest: expected --bundle beside it, got none", code="usage.bundle")
-    if args.bundle is not None and (args.bundle.is_dir() or not os.access(args.bundle.absolute().parent, os.W_OK)):
-        raise UsageError(f"--bundle: expected a file in a folder we may write to, got {args.bundle}", code="usage.file")
-    if args.prompt is None and sys.stdin.isatty():
-        terminal.note("prompt: type it, then Ctrl-D on a line of its own")
-    try:
-        prompt = sys.stdin.read() if args.prompt is None else args.prompt
-    except UnicodeDecodeError as err:
-        raise RequestError("prompt: expected text on stdin", code="request.input") from err
-    turns = [("system", args.system)] if args.system else []
-    with connect(args.address, policy, endorsements=endorsements_cli.chosen(args)) as session:
-        _show_verdict(session)
-        stream = session.generate(
-            messages=[*turns, ("user", prompt)],
-            max_tokens=args.max_tokens,
-            stop=tuple(args.stop),
-            values=dict(args.value),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            seed=args.seed,
-        )
-        for text in stream:
-            if not args.json:
-                terminal.write_text(text)
-        answer = stream.result()
-    if not args.json:
-        print()
-    terminal.show_checks(answer.receipt.checks[len(answer.verdict.checks) :])
-    if args.bundle:
-        answer.save(args.bundle, manifest=manifest)
-        terminal.note(f"bundle: {args.bundle}")
-    if args.json:
-        _print_json({"answer": answer.text, "bundle": str(args.bundle or ""), "verdict": answer.verdict.as_json()})
+            terminal.show_facts(summary(session.verdict, session.witnessed))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -337,12 +287,6 @@ def _verified(args: argparse.Namespace, policy: Policy) -> Verification:
         terminal.show_simulated()
     terminal.show_checks(verified.checks, explain=getattr(args, "explain", False))
     return verified
-
-
-def _show_verdict(session: Session) -> None:
-    if session.verdict.simulated:
-        terminal.show_simulated()
-    terminal.show_checks(session.witnessed.checks)
 
 
 def _print_json(value: object) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from countermark.checks import Check, Status
 from countermark.errors import CountermarkError, Unavailable, Undecidable, UsageError
@@ -71,6 +72,16 @@ def show_simulated(*, console: Console = ERR) -> None:
         "[black on yellow] SIMULATED [/black on yellow] [yellow]no confidential hardware: this proves the path, not a"
         " machine[/yellow]"
     )
+
+
+def show_facts(rows: Iterable[tuple[str, str]]) -> None:
+    """A table for reading aloud, on stdout: what, and what of it; long values go on below themselves."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(escape(name), escape(printable(value)))
+    OUT.print(table)
 
 
 def show_error(err: CountermarkError, *, explain: bool = False) -> None:

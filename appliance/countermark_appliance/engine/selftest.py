@@ -8,6 +8,7 @@ the weights give good answers; `bench/quality.py` measures that.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -65,3 +66,19 @@ def _in_pieces(model: Model, prompt: list[int]) -> list[bytes]:
 
 def _fingerprints(logits: torch.Tensor) -> list[bytes]:
     return encode(fingerprint(logits, logits.shape[1]))
+
+
+def describe_engine(device: str) -> Mapping[str, str]:
+    """What computes on this machine's `device`, `cpu` or `cuda`, after the kernels' known-answer tests have passed.
+
+    Raises `Undecidable` (`engine.device`), `VerificationError` (`engine.self_test`).
+    """
+    require_device(device)
+    try:
+        report = launch.self_test(torch.device(device))
+    except NumericsError as err:
+        raise VerificationError(f"self-test: {err}", code="engine.self_test") from err
+    facts = {"backend": report.backend, "instructions": report.isa, "threads": str(report.threads)}
+    if device == "cuda":
+        facts = {"GPU": torch.cuda.get_device_name()}
+    return facts | {"torch": torch.__version__, "self-test": "passed", "left out": report.reason}
