@@ -21,12 +21,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
-from countermark.errors import CountermarkError, Unavailable
-from countermark.formats.records import ABORT_REASONS, Sampling
+from countermark.errors import CountermarkError, RequestError, Unavailable
+from countermark.formats.records import ABORT_REASONS, PlainGrammar, Sampling
 from countermark.formats.retrieval import RetrievalSet
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.connections import Attested
+from countermark_appliance.engine.grammar import GrammarLibrary
 from countermark_appliance.engine.request import (
     DoneEvent,
     Event,
@@ -52,6 +53,9 @@ T = TypeVar("T")
 
 class Engine(Protocol):
     """What computes: `engine.Engine`."""
+
+    @property
+    def grammar_library(self) -> GrammarLibrary: ...
 
     def reserve(self, client: bytes = b"") -> Place: ...
 
@@ -81,6 +85,7 @@ class Recorder(Protocol):
         ignore_eos: bool,
         logprobs: bool = False,
         retrieval: RetrievalSet | None = None,
+        grammar: PlainGrammar | None = None,
     ) -> Committed: ...
 
     def commit_outcome(
@@ -173,8 +178,10 @@ class Generation:
         try:
             done = await self._compute(prepared, committed, place)
             reason = done.reason
-            if done.detail:
+            if done.detail and not done.by_grammar:
                 _log.error("generation: %s", done.detail)
+            if done.by_grammar:
+                raise RequestError(f"generation: {done.detail}", code="generation.grammar")
             if reason.value in ABORT_REASONS:
                 raise ended(self._abandoned if reason is Finish.CANCELLED and self._abandoned else reason)
             self._last.set_result(await self._blocking(lambda: self._finish(committed, done)))
@@ -273,7 +280,16 @@ class Generation:
             ignore_eos=prepared.ignore_eos,
             logprobs=prepared.logprobs > 0,
             retrieval=codec.retrieval(self._order.request),
+            grammar=self._grammar(),
         )
+
+    def _grammar(self) -> PlainGrammar | None:
+        asked = codec.grammar(self._order.request)
+        if asked is None:
+            return None
+        kind, text = asked
+        by = self._engine.grammar_library
+        return PlainGrammar(kind=kind, text=text, library=by.library, version=by.version, rules=by.rules)
 
     def _finish(self, committed: Committed, done: DoneEvent) -> bytes:
         completed = self._recorder.commit_outcome(
@@ -350,6 +366,7 @@ def engine_request(request: pb.GenerateRequest, scope: bytes) -> Request:
         ignore_eos=_given(request, "ignore_eos"),
         logprobs=_given(request, "logprobs"),
         values=dict(request.chat.values),
+        grammar=codec.grammar(request),
         scope=scope,
     )
 

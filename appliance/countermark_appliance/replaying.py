@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import zip_longest
 from typing import Final, Protocol, TypeVar
 
@@ -107,8 +107,8 @@ class Replaying:
         """The receipt of the REPLAY.
 
         Raises `FormatError` (`replay.parts`, `replay.sampling`, and of every format), `Undecidable` (`replay.redacted`,
-        `replay.profile`, `replay.weights_root`), `WeightsError` (`replay.artefact`), `RequestError` (the recorded
-        request cannot be served here), `Unavailable` (`engine.busy`, `generation.*`, `log.*`).
+        `replay.profile`, `replay.weights_root`, `replay.grammar`), `WeightsError` (`replay.artefact`), `RequestError`
+        (the recorded request cannot be served here), `Unavailable` (`engine.busy`, `generation.*`, `log.*`).
         """
         place = self._engine.reserve(self._order.attested.quote_digest)
         try:
@@ -126,6 +126,7 @@ class Replaying:
     def _prepare(self, recorded: Recorded) -> Prepared:
         """The recorded request as this engine resolves it, with the node's choices as they were made."""
         intent = recorded.intent
+        _require_same_grammar(recorded, self._engine)
         request = replace(
             engine_request(recorded.request, secrets.token_bytes(_SCOPE_BYTES)),
             max_tokens=intent.max_tokens,
@@ -215,6 +216,7 @@ def parse_recorded(request: pb.ReplayRequest) -> Recorded:
                 "prompt_tokens": records.encode_tokens(acceptance.prompt_tokens),
                 "raw_request": request.request,
                 **_retrieved(asked),
+                **_constrained(asked),
             },
         ),
         (
@@ -242,6 +244,11 @@ def _retrieved(asked: pb.GenerateRequest) -> dict[str, bytes]:
     return {} if found is None else {f"retrieval.{part}": value for part, value in found.values().items()}
 
 
+def _constrained(asked: pb.GenerateRequest) -> dict[str, bytes]:
+    found = codec.grammar(asked)
+    return {} if found is None else dict.fromkeys(records.GRAMMAR_FIELDS, found[1].encode())
+
+
 def _committed(record: Intent | Outcome, name: str) -> bytes | None:
     """A commitment by its name; None where the record has none of that name."""
     outer, _, inner = name.partition(".")
@@ -264,6 +271,17 @@ def _require_same_weights(recorded: Stack, local: Stack) -> None:
         if getattr(recorded, name) != getattr(local, name):
             message = f"{name}: expected {getattr(local, name)!r:.100} of these weights"
             raise WeightsError(f"{message}, got {getattr(recorded, name)!r:.100} in the record", code="replay.artefact")
+
+
+def _require_same_grammar(recorded: Recorded, engine: Engine) -> None:
+    grammar, asked = recorded.intent.grammar, codec.grammar(recorded.request)
+    if (None if grammar is None else grammar.kind) != (None if asked is None else asked[0]):
+        raise _not_one("grammar")
+    if grammar is not None and (grammar.library, grammar.version, grammar.rules) != astuple(engine.grammar_library):
+        local = engine.grammar_library
+        named = f"{grammar.library} {grammar.version} (rules {grammar.rules})"
+        message = f"grammar: expected {named}, as recorded, got {local.library} {local.version} (rules {local.rules})"
+        raise Undecidable(message, code="replay.grammar")
 
 
 def _prompt(recorded: Recorded, prepared: Prepared) -> Divergence | None:

@@ -45,6 +45,7 @@ class Asked:
     messages: tuple[tuple[str, str], ...] | None  # (role, content) pairs
     values: dict[str, str]  # for the chat template
     retrieval: RetrievalSet | None
+    grammar: tuple[str, str] | None  # its kind and its text
     settings: dict[str, object]
 
 
@@ -66,6 +67,7 @@ def parse_request(data: bytes) -> Asked:
         messages=None if raw else tuple((turn.role, turn.content) for turn in message.chat.messages),
         values=dict(message.chat.values),
         retrieval=codec.retrieval(message),
+        grammar=codec.grammar(message),
         settings=_settings(message),
     )
 

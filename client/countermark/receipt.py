@@ -325,6 +325,10 @@ def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request
     if (asked.retrieval is None) != (intent.retrieval is None):
         message = "retrieval: expected in the record exactly what the request has of it"
         raise ReceiptError(message, code="receipt.retrieval")
+    kinds = (None if asked.grammar is None else asked.grammar[0], intent.grammar and intent.grammar.kind)
+    if kinds[0] != kinds[1]:
+        message = f"grammar: expected {kinds[0]}, as asked, got {kinds[1]} recorded"
+        raise ReceiptError(message, code="receipt.grammar")
     salts = records.parse_salts(acceptance.field_salts, intent.salted)
     tokens = records.encode_tokens(acceptance.prompt_tokens)
     for name, value, code in (
@@ -341,6 +345,9 @@ def _check_request(intent: Intent, asked: Asked, acceptance: Acceptance, request
             getattr(intent.retrieval, part),
             "receipt.retrieval",
         )
+    if asked.grammar is not None and intent.grammar is not None:
+        (name,), text = records.GRAMMAR_FIELDS, asked.grammar[1].encode()
+        same(name, records.field_commitment(name, salts[name], text), intent.grammar.text, "receipt.grammar")
 
 
 def check_stack(stack: Stack, verdict: Verdict) -> None:

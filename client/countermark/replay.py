@@ -40,8 +40,10 @@ from countermark.numerics import refuse_retired, require_executable
 from countermark.receipt import CheckedReceipt
 from countermark.verify import Verification
 
-Recorded = tuple[tuple[int, ...], tuple[int, ...], tuple[bytes, ...], Mapping[str, object]]
-"""One answer to audit: prompt tokens, output tokens, a fingerprint for each of those, sampling."""
+Plain = tuple[tuple[int, ...], tuple[int, ...], tuple[bytes, ...], Mapping[str, object]]
+Recorded = Plain | tuple[tuple[int, ...], tuple[int, ...], tuple[bytes, ...], Mapping[str, object], tuple[str, str]]
+"""One answer to audit: prompt tokens, output tokens, a fingerprint for each of those, sampling; and, if its request had
+a grammar, kind and text of that."""
 
 
 class Runner(Protocol):
@@ -64,6 +66,10 @@ class Runner(Protocol):
     def environment(self) -> Mapping[str, str]:
         """What this machine is: `kernel_digest` (hex), `engine`, `torch`, `triton`, `cuda`, `driver` (empty without a
         GPU), `cpu`, `backend`, `gpus`; `image_id` (hex) only where the code runs inside a measured image."""
+
+    @property
+    def grammar_library(self) -> tuple[str, str, int]:
+        """What reads grammars here: name and version of the library, version of how it is asked."""
 
     @property
     def artefact(self) -> Mapping[str, object]:
@@ -102,8 +108,9 @@ class Runner(Protocol):
         stop: tuple[str, ...],
         ignore_eos: bool,
         sampling: Mapping[str, object],
+        grammar: tuple[str, str] | None = None,
     ) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
-        """Generate again from the prompt: token ids and one 16-byte fingerprint for each."""
+        """Generate again from the prompt: token ids and one 16-byte fingerprint for each. `grammar`: kind and text."""
 
 
 _ARTEFACT: Final = ("model", "quantisation", "manifest_digest", "tokenizer_digest", "chat_template_digest")
@@ -240,7 +247,7 @@ def replay(verified: Verification | CheckedReceipt, runner: Runner, mode: Mode |
     Raises `WeightsError` (`replay.weights_root`: the runner has other weights; `replay.artefact`: the record says of
     these weights what is not so), `Undecidable`: `profile.retired`, `replay.redacted` (prompt or output were left out),
     `replay.profile` (the runner executes another profile), `replay.hardware` (the profile promises nothing across
-    machines); `FormatError` on a record that cannot be run.
+    machines), `replay.grammar` (the runner reads grammars otherwise); `FormatError` on a record that cannot be run.
     """
     ((_, outcome),) = replay_many([verified], runner, mode)
     if isinstance(outcome, CountermarkError):
@@ -305,7 +312,20 @@ def _runnable_on(receipt: CheckedReceipt, runner: Runner) -> Mapping[str, str]:
         message = f"profile {stack.profile}: promises the same bits on the same stack only, and this is another"
         raise Undecidable(message, code="replay.hardware")
     _check_artefact(receipt, runner)
+    _check_grammar(receipt, runner)
     return local
+
+
+def _check_grammar(receipt: CheckedReceipt, runner: Runner) -> None:
+    """The masks an answer was made under are only known to be those of the same library, asked in the same way."""
+    grammar = receipt.intent.grammar
+    if grammar is None:
+        return
+    recorded = (grammar.library, grammar.version, grammar.rules)
+    local = runner.grammar_library
+    if recorded != local:
+        names = [f"{library} {version} (rules {rules})" for library, version, rules in (recorded, local)]
+        raise Undecidable(f"grammar: expected {names[0]}, as recorded, got {names[1]}", code="replay.grammar")
 
 
 def _same_stack(stack: Stack, local: Mapping[str, str]) -> bool:
@@ -417,7 +437,9 @@ def _sampling(receipt: CheckedReceipt) -> Mapping[str, object]:
 
 def _recorded_answer(receipt: CheckedReceipt) -> Recorded:
     answer, prompt = receipt.answer, receipt.accepted.acceptance.prompt_tokens
-    return prompt, answer.tokens, answer.fingerprints, _sampling(receipt)
+    plain = (prompt, answer.tokens, answer.fingerprints, _sampling(receipt))
+    grammar = parse_request(receipt.accepted.request).grammar
+    return plain if grammar is None else (*plain, grammar)
 
 
 def _differs(found: Mapping[str, Any]) -> Divergence:
@@ -434,9 +456,9 @@ def _differs(found: Mapping[str, Any]) -> Divergence:
 def _regenerate(receipt: CheckedReceipt, runner: Runner) -> Divergence | None:
     intent, answer = receipt.intent, receipt.answer
     prompt = receipt.accepted.acceptance.prompt_tokens
-    tokens, fingerprints = runner.regenerate(
-        prompt, intent.max_tokens, intent.stop, intent.ignore_eos, _sampling(receipt)
-    )
+    asked = (prompt, intent.max_tokens, intent.stop, intent.ignore_eos, _sampling(receipt))
+    grammar = parse_request(receipt.accepted.request).grammar
+    tokens, fingerprints = runner.regenerate(*asked) if grammar is None else runner.regenerate(*asked, grammar)
     recorded = zip_longest(answer.tokens, answer.fingerprints)
     local = zip_longest(tokens, fingerprints)
     for position, (theirs, ours) in enumerate(zip_longest(recorded, local, fillvalue=(None, None))):

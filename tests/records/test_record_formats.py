@@ -18,6 +18,7 @@ from countermark.formats.records import (
     Crashed,
     Divergence,
     Epoch,
+    Grammar,
     Intent,
     Kind,
     Leaf,
@@ -45,6 +46,8 @@ INTENT = Intent(
     deployer_id=None,
     retention_until="2030-01-01",
 )
+GRAMMAR = Grammar(kind="regex", text=ZERO, library="llguidance", version="1.9.1", rules=1)
+CONSTRAINED = replace(INTENT, grammar=GRAMMAR)
 OUTCOME = Outcome(
     boot_id=ZERO,
     intent_leaf=ZERO,
@@ -88,7 +91,7 @@ REPLAY = Replay(
     ended_us=2,
 )
 IDENTICAL = replace(REPLAY, result="identical", divergence=None)
-ALL = (EPOCH, replace(EPOCH, previous=None), INTENT, OUTCOME, ABORT, CRASHED, REPLAY, IDENTICAL)
+ALL = (EPOCH, replace(EPOCH, previous=None), INTENT, CONSTRAINED, OUTCOME, ABORT, CRASHED, REPLAY, IDENTICAL)
 WRONG = {
     "bytes": [b"short", bytes(33), "text", None, 1],
     "int": [-1, 2**64, 1.0, True, "1", None],
@@ -123,7 +126,7 @@ def test_every_field_is_typed(record: records.Record) -> None:
     whole = cbor2.loads(records.encode_record(record))
     tried = 0
     parts = [((), record)]
-    inner = {"stack": STACK, "sampling": SAMPLING, "divergence": DIVERGENCE}
+    inner = {"stack": STACK, "sampling": SAMPLING, "divergence": DIVERGENCE, "grammar": GRAMMAR}
     parts += [((name,), value) for name, value in inner.items() if whole.get(name) is not None]
     for path, part in parts:
         for item in fields(part):  # type: ignore[arg-type]
@@ -141,12 +144,29 @@ def test_every_field_is_typed(record: records.Record) -> None:
                 changed = cbor2.loads(cbor2.dumps(whole))
                 target = changed[path[0]] if path else changed
                 if change == "missing":
+                    if item.name == "grammar":  # may be missing: the test below
+                        continue
                     del target[item.name]
                 else:
                     target["surprise"] = 1
                 with pytest.raises(FormatError):
                     records.parse_record(encoded(changed), kind)
     assert tried > 10
+
+
+def test_no_grammar_has_one_encoding() -> None:
+    """Records from before there were grammars stay what they were: the field is absent, never null."""
+    plain, constrained = (cbor2.loads(records.encode_record(record)) for record in (INTENT, CONSTRAINED))
+    assert "grammar" not in plain
+    assert constrained["grammar"]["kind"] == "regex"
+    assert records.parse_intent(encoded({name: constrained[name] for name in plain})) == INTENT
+    with pytest.raises(FormatError) as err:
+        records.parse_intent(encoded(plain | {"grammar": None}))
+    assert err.value.code == "record.field"
+    assert (INTENT.salted, CONSTRAINED.salted) == (
+        ("prompt", "prompt_tokens", "raw_request"),
+        ("prompt", "prompt_tokens", "raw_request", "grammar.text"),
+    )
 
 
 def encoded(value: object) -> bytes:
@@ -170,6 +190,8 @@ def encoded(value: object) -> bytes:
         (INTENT, {"sampling": replace(SAMPLING, logit_bias=((9, 0.5), (3, 0.5)))}),
         (INTENT, {"stack": replace(STACK, platform="magic")}),
         (INTENT, {"max_tokens": True}),
+        (INTENT, {"grammar": replace(GRAMMAR, kind="lark")}),
+        (INTENT, {"grammar": replace(GRAMMAR, rules=-1)}),
         (REPLAY, {"mode": "guess"}),
         (REPLAY, {"result": "undecidable"}),
         (REPLAY, {"divergence": replace(DIVERGENCE, part="elsewhere")}),

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from countermark.errors import CountermarkError, ReplayDiverged, Undecidable
 from countermark_appliance.engine.draw import draw
+from countermark_appliance.engine.grammar import Grammar, GrammarError, Mask, Walk, allows
 from countermark_appliance.engine.model import Cache, Chunk, Model
 from countermark_appliance.engine.step import Row
 from countermark_appliance.faults import describe
@@ -37,6 +38,35 @@ Outcome = Difference | CountermarkError | None
 `recorded_fingerprint`, `local_fingerprint`."""
 
 
+class Masks:
+    """The masks of one recorded answer. Asked for in ascending order of position, else made from the beginning again.
+
+    Behind the first token that the grammar does not allow there are none; the answer has its difference there.
+    """
+
+    def __init__(self, grammar: Grammar, output: Sequence[int]) -> None:
+        self._grammar = grammar
+        self._output = output
+        self._walk: Walk | None = None
+        self._at = 0
+
+    def at(self, position: int) -> Mask | None:
+        """For drawing the output's token at `position`. Raises `Undecidable` (`replay.grammar`)."""
+        try:
+            if self._walk is None or position < self._at:
+                self._walk, self._at = self._grammar.walk(), 0
+            while self._at < position:
+                token = self._output[self._at]
+                if not allows(self._walk.mask, token):
+                    return None
+                self._walk.step(token)
+                self._at += 1
+        except GrammarError as err:
+            self._walk = None
+            raise Undecidable(f"position {position}: {err}", code="replay.grammar") from err
+        return self._walk.mask
+
+
 @dataclass(slots=True, kw_only=True)
 class Recording:
     """One answer to check; every value is in range. `tokens`: the first `prompt` are the prompt."""
@@ -46,6 +76,7 @@ class Recording:
     prompt: int
     fingerprints: Sequence[bytes]
     params: SamplerParams
+    masks: Masks | None = None
     cache: Cache | None = None
     done: int = 0
     outcome: Outcome = field(default=None)
@@ -148,7 +179,7 @@ def _step(model: Model, pieces: Sequence[_Piece]) -> None:
         piece.recording.outcome = outcome
 
 
-def _compute(model: Model, pieces: Sequence[_Piece]) -> list[Difference | None]:
+def _compute(model: Model, pieces: Sequence[_Piece]) -> list[Outcome]:
     """The first difference in each piece. Changes no recording, so it can be repeated."""
     chunks = []
     rows: list[tuple[int, Row]] = []
@@ -167,20 +198,36 @@ def _compute(model: Model, pieces: Sequence[_Piece]) -> list[Difference | None]:
         raise MemoryError("audit: expected memory for the draws") from err
 
 
-def _compared(
-    model: Model, pieces: Sequence[_Piece], rows: Sequence[tuple[int, Row]], hidden: Tensor
-) -> list[Difference | None]:
+def _compared(model: Model, pieces: Sequence[_Piece], rows: Sequence[tuple[int, Row]], hidden: Tensor) -> list[Outcome]:
     """`rows`: of each wanted row of `hidden` its piece's number and what it was drawn with."""
-    found: list[Difference | None] = [None] * len(pieces)
+    found: list[Outcome] = [None] * len(pieces)
     size = max(1, LOGITS_BYTES // (4 * model.vocab))
     for first in range(0, len(rows), size):
-        block = rows[first : first + size]
+        block, broken = _with_masks(pieces, rows[first : first + size])
         logits = model.logits(hidden[first : first + size])
         for i, drawn in enumerate(zip(*draw(logits, [row for _, row in block]), strict=True)):
             number, row = block[i]
+            if found[number] is None and i in broken:
+                found[number] = broken[i]
             if found[number] is None:
                 found[number] = _compare(pieces[number].recording, row.length, logits, i, drawn)
     return found
+
+
+def _with_masks(
+    pieces: Sequence[_Piece], rows: Sequence[tuple[int, Row]]
+) -> tuple[list[tuple[int, Row]], dict[int, CountermarkError]]:
+    """The rows with the masks that they were drawn under; and by place in them, what a row has in place of a mask."""
+    block = list(rows)
+    broken: dict[int, CountermarkError] = {}
+    for i, (number, row) in enumerate(rows):
+        masks = pieces[number].recording.masks
+        if masks is not None:
+            try:
+                block[i] = (number, replace(row, mask=masks.at(row.length - row.prompt)))
+            except Undecidable as err:
+                broken[i] = err
+    return block, broken
 
 
 def _compare(

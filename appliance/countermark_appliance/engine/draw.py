@@ -1,16 +1,24 @@
-"""From logits to what is recorded of a token: its fingerprint over the raw logits, and the sampled id."""
+"""From logits to what is recorded of a token: its fingerprint over the raw logits, and the sampled id.
+
+Where a row has a mask its barred ids have the bias `grammar.BARRED`, and no other, in step 1 of the sampler. Whatever
+their logits were, an id that is barred is not drawn: a row in which that could be is a failure of its numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from countermark_appliance.engine.grammar import BARRED, Mask, allows, unpacked
 from countermark_appliance.engine.step import Row
 from countermark_kernels.fingerprint import encode, fingerprint
-from countermark_kernels.sampler import History, Tally, sample
+from countermark_kernels.ieee import NumericsError
+from countermark_kernels.sampler import History, SamplerParams, Tally, sample
 
-__all__ = ["Row", "draw"]
+__all__ = ["Row", "check_allowed", "draw"]
 
 
 def draw(
@@ -24,5 +32,33 @@ def draw(
         return [], []
     marks = encode(fingerprint(logits, logits.shape[1]))
     histories = [row.history for row in rows] if histories is None else histories
-    ids = sample(logits, [row.params for row in rows], [row.length for row in rows], histories)
+    params = [row.params for row in rows]
+    if any(row.mask is not None for row in rows):
+        logits, params = _barred(logits, rows)
+    ids = sample(logits, params, [row.length for row in rows], histories)
+    check_allowed(rows, ids)
     return ids, marks
+
+
+def check_allowed(rows: Sequence[Row], ids: Iterable[int]) -> None:
+    """Raises `NumericsError` (`numerics.range`) where an id is not one of its row's mask."""
+    for row, token in zip(rows, ids, strict=True):
+        if row.mask is not None and not allows(row.mask, token):
+            raise NumericsError("logits: expected more than those of barred ids, got less", code="numerics.range")
+
+
+def allowed_bias(params: SamplerParams, mask: Mask) -> dict[int, float]:
+    """The biases of ids that are not barred."""
+    return {token: bias for token, bias in params.logit_bias.items() if allows(mask, token)}
+
+
+def _barred(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, list[SamplerParams]]:
+    """A copy of the logits, with the bias of barred ids, and the settings without any other for them."""
+    out, params = logits.clone(), [row.params for row in rows]
+    for i, row in enumerate(rows):
+        if row.mask is not None:
+            allowed = torch.from_numpy(unpacked(row.mask, logits.shape[1])).to(logits.device)
+            out[i] = torch.where(allowed, logits[i], logits[i] + BARRED)
+            if row.params.logit_bias:
+                params[i] = replace(row.params, logit_bias=allowed_bias(row.params, row.mask))
+    return out, params

@@ -21,6 +21,7 @@ import torch
 from countermark.errors import RequestError
 from countermark_appliance.engine.assembler import Assembler
 from countermark_appliance.engine.executor import make_executor
+from countermark_appliance.engine.grammar import Grammar, GrammarError, GrammarLibrary, Grammars
 from countermark_appliance.engine.loop import Loop
 from countermark_appliance.engine.model import Model, available_bytes
 from countermark_appliance.engine.places import Places
@@ -113,6 +114,7 @@ class Engine:
         self._config = config
         self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=config.vocab)
         self._assembler = Assembler(artefact, self._tokenizer)
+        self._grammars = grammars_of(artefact, self._tokenizer)
         self._model = Model(artefact, device)
         step, mixed = STEP_TOKENS[self._model.device.type]
         step, mixed = step_tokens or step, mixed_step_tokens or mixed
@@ -155,7 +157,10 @@ class Engine:
         return self._loop.failed
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve and check everything; compute nothing. Raises `RequestError` with code `request.<field>`."""
+        """Resolve and check everything; compute nothing. Raises `RequestError` with code `request.<field>`.
+
+        With a grammar this takes milliseconds, and seconds for one that is then refused (`request.grammar_cost`).
+        """
         if request.model not in ("", self._config.name):
             raise RequestError(
                 f"model: expected {self._config.name!r}, got {request.model!r:.80}", code="request.model"
@@ -176,6 +181,7 @@ class Engine:
         logprobs = resolve_logprobs(request.logprobs)
         tokens = self._assembler.tokens(prompt=request.prompt, messages=request.messages, values=request.values)
         ignore_eos = bool(request.ignore_eos)
+        grammar = None if request.grammar is None else self._grammar(*request.grammar, ends=not ignore_eos)
         return Prepared(
             request=request,
             model=self._config.name,
@@ -186,7 +192,13 @@ class Engine:
             sampling=sampling,
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            grammar=grammar,
         )
+
+    @property
+    def grammar_library(self) -> GrammarLibrary:
+        """What reads grammars; a record of a constrained answer names it."""
+        return self._grammars.library
 
     def reserve(self, client: bytes = b"") -> Place:
         """A place in the queue, for `submit`; `release` it if the request goes no further. `client`: whose it is.
@@ -201,15 +213,18 @@ class Engine:
         """Start computing. `sink` gets the events on the engine's thread and must neither block nor raise.
 
         `deadline_s`: seconds from now. `place`: one that was reserved, which is the request's from now on, also if this
-        raises. Raises `Unavailable`: `engine.busy` (without a place only), `engine.stopping`.
+        raises. Raises `Unavailable`: `engine.busy` (without a place only), `engine.stopping`; `RequestError`
+        (`generation.grammar`).
         """
         place = place or self.reserve()
         deadline = None if deadline_s is None else time.monotonic() + deadline_s
         try:
             sequence = Sequence(prepared, sink, self._tokenizer, deadline=deadline, release=place.release)
             self._loop.submit(sequence)
-        except BaseException:
+        except BaseException as err:
             place.release()
+            if isinstance(err, GrammarError):
+                raise RequestError(str(err), code="generation.grammar") from err
             raise
         return sequence
 
@@ -217,6 +232,13 @@ class Engine:
         """End every request with `shutdown` and stop the thread. Idempotent."""
         self._loop.close()
         self._executor.close()
+        self._grammars.close()
+
+    def _grammar(self, kind: str, text: str, *, ends: bool) -> Grammar:
+        if not ends or not self._config.eos_ids:
+            message = "grammar: expected an answer that an end-of-sequence token may end, got ignore_eos or none such"
+            raise RequestError(message, code="request.grammar")
+        return self._grammars.compile(kind, text)
 
     def _max_tokens(self, wanted: int | None, prompt: int) -> int:
         pool = (self._model.blocks.count - 1) * BLOCK  # the last token of an answer is never computed
@@ -242,6 +264,12 @@ def _pool_blocks(model: Model, sequences: int, step_tokens: int) -> int:
     tokens = max(model.context, sequences * min(model.context, POOL_CONTEXT))
     room = available_bytes() // 4
     return 1 + max(1, min((tokens + BLOCK - 1) // BLOCK, room // model.block_bytes))
+
+
+def grammars_of(artefact: Artefact, tokenizer: Tokenizer) -> Grammars:
+    """What compiles grammars for an artefact."""
+    config = artefact.config
+    return Grammars([tokenizer.token_bytes(token) for token in range(config.vocab)], config.eos_ids)
 
 
 def computes_on(device: torch.device) -> DeviceFacts:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from countermark_appliance.engine.draw import check_allowed
 from countermark_appliance.engine.executor import Observe
 from countermark_appliance.engine.model import no_memory
 from countermark_appliance.engine.samplerstate import States
@@ -33,6 +34,7 @@ from countermark_kernels.cache import BLOCK, KvCache, Pool
 from countermark_kernels.decoder import Decoder
 from countermark_kernels.gpu import batch, decoder, flags, sampler
 from countermark_kernels.gpu import logprobs as gpu_logprobs
+from countermark_kernels.ieee import NumericsError
 from countermark_kernels.sampler import SamplerParams, cuda_record
 
 _log = logging.getLogger(__name__)
@@ -141,6 +143,11 @@ class _Running:
             self._executor.doubt()
             raise wrong
         ids = found[:-1, 0].tolist()
+        try:
+            check_allowed(self._rows, ids)
+        except NumericsError:
+            self._executor.doubt()
+            raise
         marks = found[:-1, 1:].tobytes()
         drawn = [Drawn(token=token, fingerprint=marks[16 * i : 16 * i + 16]) for i, token in enumerate(ids)]
         if self._likely is not None:
@@ -274,7 +281,7 @@ class GraphExecutor:
             runs.append((part.cache, part.start, count))
             row = part.row
             if row is not None:
-                if row.penalised or row.params.logit_bias:
+                if row.penalised or row.params.logit_bias or row.mask is not None:
                     key = row.key
                     if key is None:
                         key = object()
@@ -283,6 +290,7 @@ class GraphExecutor:
                     places.append((len(rows), counts, bias))
                 wanted.append(len(tokens) - 1)
                 rows.append(row)
+        self._states.bar()
         if len(rows) > self._max_rows:
             raise ValueError(f"parts: expected at most {self._max_rows} rows to draw, got {len(rows)}")
         cut = batch.cut(runs, self._model.decoder.heads, self._pool)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from countermark.errors import CountermarkError, FormatError
+from countermark.errors import CountermarkError, FormatError, RequestError, Undecidable
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.assembler import Assembler
-from countermark_appliance.engine.audit import Difference, Outcome, Recording, audit_all, failed
+from countermark_appliance.engine.audit import Difference, Masks, Outcome, Recording, audit_all, failed
 from countermark_appliance.engine.draw import draw
-from countermark_appliance.engine.engine import computes_on, cpu_model, engine_version
+from countermark_appliance.engine.engine import computes_on, cpu_model, engine_version, grammars_of
+from countermark_appliance.engine.grammar import Grammar, GrammarError
 from countermark_appliance.engine.model import Cache, Chunk, Model
 from countermark_appliance.engine.request import Message
 from countermark_appliance.engine.sampling import ResolvedSampling
@@ -36,8 +37,10 @@ from countermark_kernels.sampler import SamplerParams
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of a step, by device: enough to keep it busy."""
 
-Recorded = tuple[Sequence[int], Sequence[int], Sequence[bytes], Mapping[str, object]]
-"""Prompt tokens, output tokens, a fingerprint for each of those, sampling."""
+Plain = tuple[Sequence[int], Sequence[int], Sequence[bytes], Mapping[str, object]]
+Recorded = Plain | tuple[Sequence[int], Sequence[int], Sequence[bytes], Mapping[str, object], tuple[str, str]]
+"""Prompt tokens, output tokens, a fingerprint for each of those, sampling; and a grammar's kind and text, if it had
+one."""
 
 
 def load_runner(weights_dir: Path, device: str = "cpu") -> ExactRunner:
@@ -61,6 +64,7 @@ class ExactRunner:
         self._assembler = Assembler(artefact, self._tokenizer)
         self._model = Model(artefact, device)
         self._step_tokens = STEP_TOKENS[self._model.device.type]
+        self._grammars = grammars_of(artefact, self._tokenizer)
         self_test(self._model)
 
     @property
@@ -70,6 +74,12 @@ class ExactRunner:
     @property
     def weights_root(self) -> bytes:
         return self._artefact.weights_root
+
+    @property
+    def grammar_library(self) -> tuple[str, str, int]:
+        """What reads grammars: name, version, version of how it is asked."""
+        by = self._grammars.library
+        return by.library, by.version, by.rules
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -125,7 +135,7 @@ class ExactRunner:
         None when every token and every fingerprint is as recorded; else the first difference (`audit.Difference`), or
         the error that this answer alone would raise: `FormatError` (`replay.tokens`, `replay.sampling`: it cannot have
         been served), `ReplayDiverged` (`replay.numerics`: a value outside the profile's range on the way),
-        `Undecidable` (`replay.memory`). `answers` is read as there is room.
+        `Undecidable` (`replay.memory`, `replay.grammar`). `answers` is read as there is room.
         """
         refused: list[tuple[int, CountermarkError]] = []
 
@@ -133,7 +143,7 @@ class ExactRunner:
             for index, answer in enumerate(answers):
                 try:
                     recording = self._recording(index, *answer)
-                except FormatError as err:
+                except (FormatError, Undecidable) as err:
                     refused.append((index, err))
                 else:
                     yield recording
@@ -150,9 +160,11 @@ class ExactRunner:
         output_tokens: tuple[int, ...],
         fingerprints: tuple[bytes, ...],
         sampling: Mapping[str, object],
+        grammar: tuple[str, str] | None = None,
     ) -> Difference | None:
         """`audit_many` of one. Raises what that gives as an outcome."""
-        ((_, outcome),) = self.audit_many([(prompt_tokens, output_tokens, fingerprints, sampling)])
+        plain = (prompt_tokens, output_tokens, fingerprints, sampling)
+        ((_, outcome),) = self.audit_many([plain if grammar is None else (*plain, grammar)])
         if isinstance(outcome, CountermarkError):
             raise outcome
         return outcome
@@ -164,8 +176,9 @@ class ExactRunner:
         stop: tuple[str, ...],
         ignore_eos: bool,
         sampling: Mapping[str, object],
+        grammar: tuple[str, str] | None = None,
     ) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
-        """Generate again from the prompt: token ids and one 16-byte fingerprint for each.
+        """Generate again from the prompt: token ids and one 16-byte fingerprint for each. `grammar`: kind and text.
 
         Raises `FormatError`, `ReplayDiverged`, `Undecidable` as `audit_many` gives them.
         """
@@ -173,15 +186,21 @@ class ExactRunner:
         params = kernel_params(sampling, self._model.vocab)
         limit = min(max_tokens, self._model.context - len(tokens))
         output = self._output(limit, stop, ignore_eos)
+        compiled = None if grammar is None else self._compiled(*grammar)
         try:
-            marks = self._generate(tokens, params, output, self._model.new_cache(len(tokens) + limit))
+            marks = self._generate(tokens, params, output, self._model.new_cache(len(tokens) + limit), compiled)
+        except GrammarError as err:
+            raise Undecidable(str(err), code="replay.grammar") from err
         except (NumericsError, MemoryError, torch.OutOfMemoryError) as err:
             raise failed(err) from err
         return tuple(tokens[len(prompt_tokens) :]), tuple(marks)
 
-    def _generate(self, tokens: list[int], params: SamplerParams, output: Output, cache: Cache) -> list[bytes]:
+    def _generate(
+        self, tokens: list[int], params: SamplerParams, output: Output, cache: Cache, grammar: Grammar | None
+    ) -> list[bytes]:
         """Append to `tokens` until `output` ends; the fingerprints."""
         prompt, done = len(tokens), 0
+        walk = None if grammar is None else grammar.walk()
         marks: list[bytes] = []
         while output.end is None:
             end = min(done + self._step_tokens, len(tokens))
@@ -190,22 +209,38 @@ class ExactRunner:
             done = end
             if not chunk.logits:
                 continue
-            rows = [Row(params=params, tokens=tokens, prompt=prompt, length=len(tokens))]
+            mask = None if walk is None else walk.mask
+            rows = [Row(params=params, tokens=tokens, prompt=prompt, length=len(tokens), mask=mask)]
             (token,), (mark,) = draw(logits, rows)
             tokens.append(token)
             marks.append(mark)
             output.push(token)
+            if walk is not None and output.end is None:
+                walk.step(token)
         return marks
 
+    def _compiled(self, kind: str, text: str) -> Grammar:
+        try:
+            return self._grammars.compile(kind, text)
+        except RequestError as err:
+            raise Undecidable(f"grammar: expected one that is served: {err}", code="replay.grammar") from err
+
     def _recording(
-        self, index: int, prompt: Sequence[int], output: Sequence[int], marks: Sequence[bytes], sampling: Any
+        self,
+        index: int,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        marks: Sequence[bytes],
+        sampling: Any,
+        grammar: tuple[str, str] | None = None,
     ) -> Recording:
         tokens = self._checked(prompt, output)
         if len(marks) != len(output) or not all(isinstance(mark, bytes) for mark in marks):
             message = f"fingerprints: expected {len(output)} of bytes, got {len(marks)}"
             raise FormatError(message, code="replay.tokens")
         params = kernel_params(sampling, self._model.vocab)
-        return Recording(index=index, tokens=tokens, prompt=len(prompt), fingerprints=marks, params=params)
+        masks = None if grammar is None else Masks(self._compiled(*grammar), output)
+        return Recording(index=index, tokens=tokens, prompt=len(prompt), fingerprints=marks, params=params, masks=masks)
 
     def _checked(self, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
         tokens = [*prompt, *output]

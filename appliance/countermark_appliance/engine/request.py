@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from countermark_appliance.engine.grammar import Grammar
 from countermark_appliance.engine.sampling import ResolvedSampling
 
 
@@ -29,6 +30,7 @@ class Request:
     `values`: what the chat template reads beside the messages. `logprobs`: 0 for none, n for the log probability of
     each token and of the n likeliest beside it. `scope`: whose prompt it is. A prefix that is computed already is used
     again inside one scope only, so that neither latency nor `cached_tokens` tells one client about another's prompt.
+    `grammar`: what the whole answer must fit: a kind of `grammarlib.KINDS`, and the text.
     """
 
     model: str = ""
@@ -48,6 +50,7 @@ class Request:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     values: Mapping[str, str] = field(default_factory=dict)
+    grammar: tuple[str, str] | None = None
     scope: bytes = b""
 
 
@@ -64,6 +67,7 @@ class Prepared:
     sampling: ResolvedSampling
     ignore_eos: bool
     logprobs: int = 0
+    grammar: Grammar | None = None
 
 
 class Finish(StrEnum):
@@ -80,8 +84,8 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Natural logarithms of probabilities at temperature 1, before bias, penalties and filters: of the token drawn, and
-    of the likeliest ids, in descending order. Informational; no record commits to them."""
+    """Natural logarithms of probabilities at temperature 1, before grammar, bias, penalties and filters: of the token
+    drawn, and of the likeliest ids, in descending order. Informational; no record commits to them."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -107,7 +111,8 @@ class DoneEvent:
     `text`: the concatenation of all `TokensEvent.text`; ends before the stop string, if one was found.
     `fingerprints`: 16 bytes for each output token: two 64-bit lanes, little-endian. Times are UTC seconds since 1970.
     `cached_tokens`: how many of the prompt this request found computed and never computed itself.
-    `detail`: for the operator's log when `reason` is error; never prompt or output.
+    `detail`: for the operator's log when `reason` is error; never prompt or output. `by_grammar`: the error is that the
+    request's grammar could not be followed any further.
     """
 
     reason: Finish
@@ -119,6 +124,7 @@ class DoneEvent:
     first_token_time: float | None
     end_time: float
     detail: str = ""
+    by_grammar: bool = False
 
 
 Event = TokensEvent | DoneEvent

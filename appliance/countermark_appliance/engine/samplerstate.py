@@ -1,6 +1,6 @@
 """What the sampler of a GPU keeps from step to step: counts of penalised sequences and biases, a row each.
 
-Kernels read and update the rows (gpu/sampler.py); here is who has which, and when one must be made anew: a sequence is
+A row with a mask has its biases made anew for every draw: `grammar.BARRED` for each id that is barred. Kernels read and update the rows (gpu/sampler.py); here is who has which, and when one must be made anew: a sequence is
 new, or the device has counted another number of tokens than its next draw follows. Not here: what is done with them.
 """
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from countermark_appliance.engine.draw import allowed_bias
+from countermark_appliance.engine.grammar import BARRED, Mask
 from countermark_appliance.engine.step import Part, Row
 from countermark_kernels.gpu import batch, sampler
 from countermark_kernels.sampler import SamplerParams
@@ -61,6 +63,8 @@ class States:
         self._kept: dict[object, _Kept] = {}
         self._counts = _Places(vocab, torch.int32, device)
         self._bias = _Places(vocab, torch.float32, device)
+        self._masked: list[tuple[int, Row, Mask]] = []
+        self._bits = torch.arange(8, dtype=torch.uint8, device=device)
 
     @property
     def counts(self) -> Tensor | None:
@@ -79,12 +83,41 @@ class States:
             if (kept.prompt, kept.length) != (row.prompt, row.length):
                 self._count(kept.counts, part, row, drawn)
             kept.prompt, kept.length = row.prompt, row.length + 1  # the draw of this step counts itself
-        if row.params.logit_bias and kept.params is not row.params:
+        if row.mask is not None or (row.params.logit_bias and kept.params is not row.params):
             if kept.bias < 0:
                 kept.bias = self._bias.take()
-            self._add(kept.bias, row.params)
-            kept.params = row.params
-        return kept.counts if row.penalised else -1, kept.bias if row.params.logit_bias else -1
+            if row.mask is not None:
+                self._masked.append((kept.bias, row, row.mask))
+            else:
+                self._add(kept.bias, row.params)
+            kept.params = None if row.mask is not None else row.params
+        biased = row.mask is not None or row.params.logit_bias
+        return kept.counts if row.penalised else -1, kept.bias if biased else -1
+
+    def bar(self) -> None:
+        """Make the biases of the rows with a mask whose places were asked for since the last time."""
+        if not self._masked:
+            return
+        masked, self._masked = self._masked, []
+        biases = [allowed_bias(row.params, mask) if row.params.logit_bias else {} for _, row, mask in masked]
+        at = [place * self._vocab + i for (place, _, _), found in zip(masked, biases, strict=True) for i in found]
+        values = np.array([value for found in biases for value in found.values()], dtype=np.float32)
+        there = batch.send(
+            [
+                np.array([place for place, _, _ in masked], dtype=np.int32),
+                np.stack([mask for _, _, mask in masked]),
+                np.array(at, dtype=np.int64).view(np.int32),
+                values.view(np.int32),
+            ],
+            self._device,
+        )
+        assert self._bias.tensor is not None
+        octets = there[1].view(torch.uint8).unsqueeze(-1)
+        allowed = ((octets >> self._bits) & 1).view(len(masked), -1)[:, : self._vocab] != 0
+        rows = torch.full(allowed.shape, BARRED, dtype=torch.float32, device=self._device).masked_fill_(allowed, -0.0)
+        self._bias.tensor.index_copy_(0, there[0].long(), rows)
+        if at:
+            self._bias.tensor.view(-1).index_copy_(0, there[2].view(torch.int64), there[3].view(torch.float32))
 
     def forget(self, key: object) -> None:
         kept = self._kept.pop(key, None)

@@ -1,6 +1,7 @@
 """What runs in the next step: continuous batching under a budget of tokens and a pool of blocks.
 
-Every running sequence with one token to compute (decoding) is in every step. Prompts share a budget of tokens, oldest
+Every running sequence with one token to compute (decoding) is in every step, unless what it may draw depends on a draw
+that is still in flight (a grammar's): then it is in the step behind that. Prompts share a budget of tokens, oldest
 first, cut into chunks where necessary. While somebody decodes the budget is smaller, so that a long prompt delays
 the others' next token by little.
 
@@ -105,7 +106,7 @@ class Scheduler:
         prompts = False
         for sequence in tuple(self._running):
             pending, start = sequence.pending, sequence.computed
-            if pending == 1 and sequence.cache is not None and not sequence.done:
+            if pending == 1 and sequence.cache is not None and not sequence.done and not sequence.held:
                 if start >= sequence.cache.capacity and not self._make_room(sequence):
                     return []
                 if sequence.cache is not None and not sequence.done:

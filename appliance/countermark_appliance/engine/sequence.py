@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
+from countermark_appliance.engine.grammar import GrammarError, Walk
 from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Sink, TokenLogprob, TokensEvent
 from countermark_appliance.engine.step import Drawn, Row
 from countermark_appliance.engine.text import Output
@@ -35,7 +36,7 @@ class Sequence:
         deadline: float | None,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        """`deadline`: on the monotonic clock. `release`: called once, when it ends."""
+        """`deadline`: on the monotonic clock. `release`: called once, when it ends. Raises `GrammarError`."""
         self.prepared = prepared
         self.scope = prepared.request.scope
         self.tokens = list(prepared.prompt_tokens)
@@ -46,6 +47,8 @@ class Sequence:
         self.done = False
         self._params = prepared.sampling.kernel_params()
         self._logprobs = prepared.logprobs
+        self._walk: Walk | None = None if prepared.grammar is None else prepared.grammar.walk(hurried=True)
+        self._by_grammar = False
         self._sink = sink
         self._deadline = deadline
         self._release = release
@@ -70,6 +73,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens to compute before the next one can be drawn; 0 if that may be more than there will be."""
         return min(self.length, self.limit) - self.computed
+
+    @property
+    def held(self) -> bool:
+        """What may be drawn next depends on a draw that is not home."""
+        return self._walk is not None and self.undelivered > 0
 
     @property
     def left(self) -> int:
@@ -98,6 +106,7 @@ class Sequence:
             length=length,
             logprobs=self._logprobs,
             key=self,
+            mask=None if self._walk is None else self._walk.mask,
         )
 
     def overdue(self, now: float) -> Finish | None:
@@ -120,6 +129,12 @@ class Sequence:
         self._emit_tokens((token,), text, logprobs)
         if self._output.end is not None:
             self.finish(self._output.end)
+        elif self._walk is not None:
+            try:
+                self._walk.step(token)
+            except GrammarError as err:
+                self._by_grammar = True
+                self.finish(Finish.ERROR, str(err))
 
     def finish(self, reason: Finish, detail: str = "") -> None:
         """Emit what is still held back and the `DoneEvent`. Does nothing the second time."""
@@ -148,6 +163,7 @@ class Sequence:
             first_token_time=self._first_token_time,
             end_time=time.time(),
             detail=detail,
+            by_grammar=self._by_grammar,
         )
 
     def _emit_tokens(self, ids: tuple[int, ...], text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:

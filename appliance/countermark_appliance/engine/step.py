@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from countermark_appliance.engine.grammar import Mask
 from countermark_kernels.cache import KvCache
 from countermark_kernels.sampler import History, SamplerParams
 
@@ -27,7 +28,7 @@ class Row:
 
     `logprobs`: 0 for none, n for the log probability of the drawn token and those of the n likeliest. `key`: names the
     sequence among an executor's rows, so that what penalties have counted need not be counted again for every token;
-    see `Executor.forget`.
+    see `Executor.forget`. `mask`: the ids that may be drawn, None for all; never of a part with a carried token.
     """
 
     params: SamplerParams
@@ -36,6 +37,7 @@ class Row:
     length: int
     logprobs: int = 0
     key: object = None
+    mask: Mask | None = None
 
     @property
     def penalised(self) -> bool:

@@ -27,6 +27,7 @@ from countermark.formats.records import (
     Epoch,
     Intent,
     Outcome,
+    PlainGrammar,
     Previous,
     Record,
     Replay,
@@ -164,6 +165,7 @@ class Recorder:
         ignore_eos: bool,
         logprobs: bool = False,
         retrieval: RetrievalSet | None = None,
+        grammar: PlainGrammar | None = None,
     ) -> Committed:
         """Commit to a request, durably. No token may be computed before this returns.
 
@@ -179,6 +181,10 @@ class Recorder:
             retrieved = Retrieval(
                 **{part: records.field_commitment(name, salts[name], value) for part, (name, value) in named.items()}
             )
+        constrained = None
+        if grammar is not None:
+            salts |= {name: secrets.token_bytes(32) for name in records.GRAMMAR_FIELDS}
+            constrained = records.commit_grammar(grammar, salts)
         values = {"raw_request": raw_request, "prompt": prompt, "prompt_tokens": records.encode_tokens(prompt_tokens)}
         intent = Intent(
             boot_id=self.epoch.boot_id,
@@ -196,6 +202,7 @@ class Recorder:
             deployer_id=self._owner[0],
             retention_until=self._owner[1],
             retrieval=retrieved,
+            grammar=constrained,
             **{name: records.field_commitment(name, salts[name], value) for name, value in values.items()},
         )
         record, leaf_salt = records.encode_record(intent), secrets.token_bytes(32)

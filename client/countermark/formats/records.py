@@ -30,6 +30,8 @@ MAX_TOKENS = 1 << 20
 FINGERPRINT_BYTES = 16
 INTENT_FIELDS = ("prompt", "prompt_tokens", "raw_request")
 RETRIEVAL_FIELDS = tuple(f"retrieval.{name}" for name in retrieval.FIELDS)
+GRAMMAR_FIELDS = ("grammar.text",)
+GRAMMAR_KINDS = ("json_schema", "regex")
 OUTCOME_FIELDS = ("fingerprints", "output_text", "output_tokens")
 FINISH_REASONS = ("stop", "eos", "length")
 EXACT_TIER = "exact"
@@ -145,6 +147,28 @@ class Retrieval:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What every token of the answer had to fit, and what read it. `rules`: the version of how the library is asked."""
+
+    kind: str  # json_schema | regex
+    text: bytes  # field commitment: the schema or the expression as the client gave it, in UTF-8
+    library: str
+    version: str  # of the library
+    rules: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainGrammar:
+    """A `Grammar` before its text is committed to."""
+
+    kind: str
+    text: str
+    library: str
+    version: str
+    rules: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
     """Everything that decides an answer, committed before its first token is computed."""
 
@@ -166,11 +190,13 @@ class Intent:
     deployer_id: str | None
     retention_until: str | None
     retrieval: Retrieval | None = None
+    grammar: Grammar | None = None  # absent, not null, where the request has none
 
     @property
     def salted(self) -> tuple[str, ...]:
         """The names of all field commitments, which are those of their salts."""
-        return INTENT_FIELDS if self.retrieval is None else (*INTENT_FIELDS, *RETRIEVAL_FIELDS)
+        retrieved = () if self.retrieval is None else RETRIEVAL_FIELDS
+        return (*INTENT_FIELDS, *retrieved, *(() if self.grammar is None else GRAMMAR_FIELDS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +281,7 @@ _RULES = Rules(
         *("triton", "cuda", "driver", "vbios", "previous", "deployer_id", "retention_until", "first_token_us"),
         *("divergence", "recorded_token", "local_token", "logit_gap", "retrieval"),
     ),
+    absent=("grammar",),
     lengths={"nonce": 32, "request_id": 16},
     nested={
         "stack": Stack,
@@ -262,6 +289,7 @@ _RULES = Rules(
         "previous": Previous,
         "divergence": Divergence,
         "retrieval": Retrieval,
+        "grammar": Grammar,
     },
     choices={
         "platform": ("sim", "tdx", "vtpm"),
@@ -271,6 +299,7 @@ _RULES = Rules(
         "mode": REPLAY_MODES,
         "result": REPLAY_RESULTS,
         "part": REPLAY_PARTS,
+        "kind": GRAMMAR_KINDS,
     },
     limits={"top_p_20bit": 1 << 20, "min_p_20bit": 1 << 20, "seed": (1 << 64) - 1},
     max_item=MAX_TOKENS,
@@ -348,6 +377,18 @@ def field_commitment(name: str, salt: bytes, value: bytes) -> bytes:
     _check_salt(salt)
     label = name.encode()
     return hashlib.sha256(b"countermark/field/v1" + bytes([len(label)]) + label + salt + value).digest()
+
+
+def commit_grammar(grammar: PlainGrammar, salts: Mapping[str, bytes]) -> Grammar:
+    """What an INTENT says of a grammar."""
+    (name,) = GRAMMAR_FIELDS
+    return Grammar(
+        kind=grammar.kind,
+        text=field_commitment(name, salts[name], grammar.text.encode()),
+        library=grammar.library,
+        version=grammar.version,
+        rules=grammar.rules,
+    )
 
 
 def encode_leaf(leaf: Leaf) -> bytes:

@@ -2,7 +2,8 @@
 
 Annotations understood: bytes (32 unless said otherwise), int (unsigned), float, str, bool, `T | None` where the rules
 allow it, tuples of str, of int, of (int, float) by ascending int, and the nested dataclasses the rules name. A map must
-have exactly the fields of its class. Not checked here: what the values mean.
+have exactly the fields of its class; one that may be absent is left out where it is None, and is never null, so that a
+value has one encoding. Not checked here: what the values mean.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ MAX_ITEMS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What the annotations do not say, by field name. `max_item`: the largest integer inside a tuple."""
+    """What the annotations do not say, by field name. `absent`: left out where None, unlike `optional`, which are null.
+    `max_item`: the largest integer inside a tuple."""
 
     optional: tuple[str, ...]
+    absent: tuple[str, ...]
     lengths: Mapping[str, int]
     nested: Mapping[str, type[Any]]
     choices: Mapping[str, tuple[str, ...]]
@@ -37,15 +40,17 @@ def to_map(value: Any, rules: Rules) -> dict[str, object]:
         field.name: to_map(item, rules) if field.name in rules.nested and item is not None else item
         for field in fields(value)
         for item in (getattr(value, field.name),)
+        if item is not None or field.name not in rules.absent
     }
 
 
 def from_map(cls: type[Any], value: object, rules: Rules) -> Any:
     """Build a value of the class from a decoded map. Raises `FormatError` (`record.field`)."""
-    names = {field.name for field in fields(cls)}
-    if not isinstance(value, dict) or value.keys() != names:
+    given = value.keys() if isinstance(value, dict) else set()
+    wanted = [field for field in fields(cls) if field.name in given or field.name not in rules.absent]
+    if not isinstance(value, dict) or given != {field.name for field in wanted}:
         raise FormatError(f"record: expected exactly the fields of {cls.__name__}", code="record.field")
-    return cls(**{field.name: _field(field.name, str(field.type), value[field.name], rules) for field in fields(cls)})
+    return cls(**{field.name: _field(field.name, str(field.type), value[field.name], rules) for field in wanted})
 
 
 def _field(name: str, annotation: str, value: Any, rules: Rules) -> Any:

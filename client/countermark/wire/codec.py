@@ -54,6 +54,7 @@ MAX_NAME: Final = 64
 MAX_VALUE: Final = 256
 MAX_LEAVES: Final = 1024
 """Of one GetLeaves answer."""
+MAX_GRAMMAR_BYTES: Final = {"json_schema": 64 * 1024, "regex": 8 * 1024}
 ROLES: Final = ("system", "user", "assistant")
 
 M = TypeVar("M", bound=Message)
@@ -85,7 +86,8 @@ def parse_generate_request(data: bytes) -> pb.GenerateRequest:
     """Parse and cap a `GenerateRequest`.
 
     Raises `RequestError`: as `parse_message` and `check_nonce`, `request.input` (neither or both of messages and
-    prompt), `request.role`, `request.messages`, `request.values`, `request.retrieval`, `request.stop`.
+    prompt), `request.role`, `request.messages`, `request.values`, `request.retrieval`, `request.grammar_too_long`,
+    `request.stop`.
     """
     request = parse_message(pb.GenerateRequest, data)
     check_nonce(request.nonce)
@@ -100,6 +102,7 @@ def parse_generate_request(data: bytes) -> pb.GenerateRequest:
             raise RequestError(f"role: expected one of {ROLES}, got {message.role!r:.40}", code="request.role")
     _check_values(request.chat.values)
     retrieval(request)
+    _check_grammar(request)
     if len(request.stop) > MAX_STOPS:
         raise RequestError(f"stop: expected at most {MAX_STOPS}, got {len(request.stop)}", code="request.stop")
     return request
@@ -118,6 +121,12 @@ def input_value(request: pb.GenerateRequest) -> bytes:
         return records.encode_input(prompt=request.prompt)
     turns = [(turn.role, turn.content) for turn in request.chat.messages]
     return records.encode_input(messages=turns, values=request.chat.values)
+
+
+def grammar(request: pb.GenerateRequest) -> tuple[str, str] | None:
+    """What the answer must fit: its kind (`records.GRAMMAR_KINDS`) and its text."""
+    kind = request.WhichOneof("grammar")
+    return None if kind is None else (kind, getattr(request, kind))
 
 
 def retrieval(request: pb.GenerateRequest) -> RetrievalSet | None:
@@ -158,14 +167,19 @@ def encode_generate_request(
     logprobs: int | None = None,
     values: Mapping[str, str] | None = None,
     retrieved: RetrievalSet | None = None,
+    json_schema: str | None = None,
+    regex: str | None = None,
 ) -> bytes:
     """The bytes of a request under a fresh nonce. `messages`: (role, content) pairs. `values`: for the chat template.
+    `json_schema` (its text) or `regex`: what the whole answer must fit.
 
     Raises `RequestError`: `request.<field>` for a value that does not fit its wire type, else as
     `parse_generate_request`.
     """
     if (prompt is None) == (messages is None):
         raise RequestError("input: expected either messages or a prompt", code="request.input")
+    if json_schema is not None and regex is not None:
+        raise RequestError("grammar: expected a JSON schema or a regular expression, got both", code="request.grammar")
     request = pb.GenerateRequest(nonce=secrets.token_bytes(NONCE_BYTES))
     _assign(
         request,
@@ -174,6 +188,8 @@ def encode_generate_request(
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        json_schema=json_schema,
+        regex=regex,
     )
     try:
         if isinstance(stop, str):
@@ -272,6 +288,13 @@ def logprobs(message: pb.Tokens, asked: int) -> tuple[tuple[int, float, tuple[tu
 def is_code(text: str) -> bool:
     """Whether a peer's text has the form of one of our codes (and can be printed)."""
     return len(text) <= 64 and _CODE.fullmatch(text) is not None
+
+
+def _check_grammar(request: pb.GenerateRequest) -> None:
+    kind, text = grammar(request) or ("regex", "")
+    if len(text.encode()) > MAX_GRAMMAR_BYTES[kind]:
+        message = f"{kind}: expected at most {MAX_GRAMMAR_BYTES[kind]} bytes, got {len(text.encode())}"
+        raise RequestError(message, code="request.grammar_too_long")
 
 
 def _check_values(values: Mapping[str, str]) -> None:

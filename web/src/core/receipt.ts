@@ -15,6 +15,7 @@ import { EMPTY_ROOT, HASH_BYTES, MAX_PROOF, verifyConsistency, verifyInclusion }
 import { PROFILES } from "./numerics.js";
 import {
   FINGERPRINT_BYTES,
+  GRAMMAR_FIELD,
   INTENT_FIELDS,
   RETRIEVAL_FIELDS,
   type Intent,
@@ -323,9 +324,15 @@ function checkRequest(
   if ((asked.retrieval === null) !== (retrieval === null)) {
     throw refused("receipt.retrieval", "retrieval: expected in the record exactly what the request has of it");
   }
+  const { grammar } = intent;
+  if (asked.grammar?.kind !== grammar?.kind) {
+    const shown = [asked.grammar?.kind ?? "none", grammar?.kind ?? "none"];
+    throw refused("receipt.grammar", `grammar: expected ${shown[0]}, as asked, got ${shown[1]} recorded`);
+  }
   const salts = parseSalts(fieldSalts, [
     ...INTENT_FIELDS,
     ...(retrieval ? RETRIEVAL_FIELDS.map((part) => `retrieval.${part}`) : []),
+    ...(grammar ? [GRAMMAR_FIELD] : []),
   ]);
   const values = [
     ["raw_request", request, "receipt.request"],
@@ -338,6 +345,10 @@ function checkRequest(
       const name = `retrieval.${part}`;
       same(name, fieldCommitment(name, salts.get(name)!, asked.retrieval[part]), retrieval[part], "receipt.retrieval");
     }
+  }
+  if (asked.grammar && grammar) {
+    const committed = fieldCommitment(GRAMMAR_FIELD, salts.get(GRAMMAR_FIELD)!, utf8(asked.grammar.text));
+    same("grammar", committed, grammar.text, "receipt.grammar");
   }
 }
 

@@ -13,6 +13,7 @@ export const MAX_RECORD_BYTES = 256 * 1024;
 export const MAX_TOKENS = 1 << 20;
 export const FINGERPRINT_BYTES = 16;
 export const INTENT_FIELDS = ["prompt", "prompt_tokens", "raw_request"] as const;
+export const GRAMMAR_FIELD = "grammar.text";
 export const RETRIEVAL_FIELDS = ["chunks", "corpus_root", "embedder", "index_parameters", "query"] as const;
 export const OUTCOME_FIELDS = ["fingerprints", "output_text", "output_tokens"] as const;
 const SALT_BYTES = 32;
@@ -82,8 +83,19 @@ const biases: Read<[bigint, number][]> = (value, name) => {
 const optional = <T>(inner: Read<T>): Read<T | null> => (value, name) => (value === null ? null : inner(value, name));
 const nested = <S extends Shape>(shape: S): Read<Of<S>> => (value) => fromMap(value, shape);
 
+const mayBeAbsent = new Set<Read<unknown>>();
+
+/** A field that is left out where there is none of it, and never null. */
+const absent = <T>(inner: Read<T>): Read<T | undefined> => {
+  const read: Read<T | undefined> = (value, name) => inner(value, name);
+  mayBeAbsent.add(read);
+  return read;
+};
+
 function fromMap<S extends Shape>(value: cbor.Value, shape: S): Of<S> {
-  const names = Object.keys(shape);
+  const names = Object.keys(shape).filter(
+    (name) => !(mayBeAbsent.has(shape[name]!) && value instanceof Map && !value.has(name)),
+  );
   if (!(value instanceof Map) || value.size !== names.length || names.some((name) => !value.has(name))) {
     throw malformed("record.field", `record: expected exactly the fields ${names.join(", ")}`);
   }
@@ -134,6 +146,13 @@ const RETRIEVAL = {
   query: bytes(),
   chunks: bytes(),
 };
+const GRAMMAR = {
+  kind: text("json_schema", "regex"),
+  text: bytes(),
+  library: text(),
+  version: text(),
+  rules: int(),
+};
 const INTENT = {
   boot_id: bytes(),
   request_id: bytes(16),
@@ -153,6 +172,7 @@ const INTENT = {
   deployer_id: optional(text()),
   retention_until: optional(text()),
   retrieval: optional(nested(RETRIEVAL)),
+  grammar: absent(nested(GRAMMAR)),
 };
 const OUTCOME = {
   boot_id: bytes(),

@@ -6,7 +6,7 @@
  * given has the protocol's default. The node's to choose are a seed and a `max_tokens` that were left open.
  */
 
-import { type Bytes, fromUtf8, points } from "./bytes.js";
+import { type Bytes, fromUtf8, points, utf8 } from "./bytes.js";
 import * as cbor from "./cbor.js";
 import { malformed, refused } from "./errors.js";
 import { type Intent, RETRIEVAL_FIELDS } from "./records.js";
@@ -22,6 +22,7 @@ const DIGEST_BYTES = 32;
 const MAX_PARAMETERS_BYTES = 4096;
 const MAX_CHUNKS = 1024;
 const MAX_ID = 256;
+const MAX_GRAMMAR_BYTES = { json_schema: 64 * 1024, regex: 8 * 1024 };
 const ROLES = ["system", "user", "assistant"];
 const ONE_20BIT = 1 << 20;
 
@@ -40,7 +41,14 @@ export interface Asked {
   readonly input: Bytes;
   /** Of each part of `retrieval`, what the INTENT commits to. */
   readonly retrieval: Record<(typeof RETRIEVAL_FIELDS)[number], Bytes> | null;
+  /** What the whole answer must fit. */
+  readonly grammar: Grammar | null;
   readonly settings: ReadonlyMap<string, Setting>;
+}
+
+export interface Grammar {
+  readonly kind: "json_schema" | "regex";
+  readonly text: string;
 }
 
 const bad = (code: string, message: string) => malformed(`request.${code}`, message);
@@ -121,6 +129,7 @@ export function parseRequest(data: Bytes): Asked {
   const bias = new Map<bigint, number>();
   const values = new Map<string, string>();
   let found: Found | null = null;
+  let grammar: Grammar | null = null;
   let strange = false; // asked at the end: what does not parse at all is refused as that
   const unknown = (): void => void (strange = true);
   const set = (name: string, read: (item: Wire) => Setting) => (item: Wire) => void given.set(name, read(item));
@@ -172,6 +181,8 @@ export function parseRequest(data: Bytes): Asked {
     8: [0, set("ignore_eos", (item) => item.number !== 0n)],
     9: [0, set("logprobs", u32)],
     10: [2, (item) => readRetrieval(item.data, unknown, (found ??= nothingFound()))],
+    11: [2, (item) => (grammar = { kind: "json_schema", text: text(item) })],
+    12: [2, (item) => (grammar = { kind: "regex", text: text(item) })],
   });
   if (strange) throw bad("unknown_field", "request: a field that GenerateRequest does not have");
   if (nonce.length !== NONCE_BYTES) {
@@ -193,6 +204,7 @@ export function parseRequest(data: Bytes): Asked {
     }
   }
   const retrieval = found && retrievalValues(found);
+  checkGrammar(grammar);
   if (stop.length > MAX_STOPS) throw bad("stop", `stop: expected at most ${MAX_STOPS}, got ${stop.length}`);
   const value: cbor.Value = list
     ? cbor.mapOf({
@@ -201,7 +213,13 @@ export function parseRequest(data: Bytes): Asked {
       })
     : cbor.mapOf({ prompt: raw });
   const settings = settingsOf(given, bias, stop);
-  return { nonce, model, prompt: raw, turns: list, input: cbor.encode(value), retrieval, settings };
+  return { nonce, model, prompt: raw, turns: list, input: cbor.encode(value), retrieval, grammar, settings };
+}
+
+/** Refuses `request.grammar_too_long`. */
+function checkGrammar(grammar: Grammar | null): void {
+  const [length, most] = grammar ? [utf8(grammar.text).length, MAX_GRAMMAR_BYTES[grammar.kind]] : [0, 0];
+  if (length > most) throw bad("grammar_too_long", `grammar: expected at most ${most} bytes, got ${length}`);
 }
 
 interface Found {
