@@ -20,7 +20,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from countermark.checks import rfc3339
@@ -55,9 +55,15 @@ class ChainError(Exception):
         self.reason = reason
 
 
+@lru_cache(maxsize=256)  # the parser encodes the whole certificate again to answer, each time
 def digest(certificate: x509.Certificate) -> bytes:
     """SHA-256 of the certificate's DER bytes: how policies name a root."""
     return hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest()
+
+
+def spki(certificate: x509.Certificate) -> bytes:
+    """The subject's public key as SubjectPublicKeyInfo, DER."""
+    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def name(certificate: x509.Certificate) -> str:

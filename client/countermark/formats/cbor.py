@@ -136,8 +136,10 @@ def _text(value: str) -> bytes:
 
 
 def _key(key: str | int) -> bytes:
-    """The same few names stand in every map of ours."""
-    return _short_text(key) if isinstance(key, str) and len(key) <= 64 else encode(key)
+    """The same few names stand in every map of ours, and small numbers in every key."""
+    if isinstance(key, str):
+        return _short_text(key) if len(key) <= 64 else _text(key)
+    return bytes((key if key >= 0 else 0x1F - key,)) if -24 <= key < 24 else encode(key)
 
 
 _short_text = functools.lru_cache(1024)(_text)

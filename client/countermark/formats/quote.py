@@ -348,7 +348,7 @@ def encode_enclave_report(report: EnclaveReport) -> bytes:
     )
 
 
-_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\r\n]{1,16384}?)-----END CERTIFICATE-----[\r\n]*")
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----\r?\n([A-Za-z0-9+/=\r\n]{1,16384})-----END CERTIFICATE-----[\r\n]*")
 
 
 def parse_pem_chain(data: bytes, what: str = "chain") -> tuple[bytes, ...]:

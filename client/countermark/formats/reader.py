@@ -5,7 +5,9 @@ Fixed-width integers are little-endian, as in every vendor structure read with i
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 from countermark.errors import FormatError
 
@@ -25,16 +27,21 @@ class Reader:
 
     def take(self, count: int, name: str) -> bytes:
         """The next `count` bytes. Raises `FormatError` `<what>.truncated`."""
-        if count > self.left:
-            message = f"{self.what}.{name}: expected {count} bytes at offset {self.offset}, got {self.left}"
+        start = self.offset
+        end = start + count
+        if end > len(self.data):
+            message = f"{self.what}.{name}: expected {count} bytes at offset {start}, got {self.left}"
             raise FormatError(message, code=f"{self.what}.truncated")
-        part = self.data[self.offset : self.offset + count]
-        self.offset += count
-        return part
+        self.offset = end
+        return self.data[start:end]
 
     def uint(self, size: int, name: str) -> int:
         """The next `size` bytes as a little-endian unsigned integer."""
         return int.from_bytes(self.take(size, name), "little")
+
+    def unpack(self, form: struct.Struct, name: str) -> tuple[Any, ...]:
+        """The next fields, as `form` describes them."""
+        return form.unpack(self.take(form.size, name))
 
     def expect(self, wanted: bytes | int, size: int, name: str) -> None:
         """Read a field of `size` bytes that can have one value only. Raises `FormatError` `<what>.<name>`."""

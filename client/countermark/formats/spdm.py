@@ -13,6 +13,7 @@ Not checked here: the signature, the certificate chain, the nonce, any measureme
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,7 +30,8 @@ _MEASUREMENTS = 0x60
 _WITH_SIGNATURE = 0x01
 _ALL_MEASUREMENTS = 0xFF
 _DMTF = 0x01
-
+_BLOCK = struct.Struct("<BBHBH")  # index, specification, size of what follows; value type, value size
+_VALUE_HEAD_BYTES = 3
 
 _OPAQUE_MAGIC = b"NVDAOD"
 _OPAQUE_PROFILE = bytes(2)
@@ -264,15 +266,16 @@ def signed_part(data: bytes) -> bytes:
 
 
 def _parse_measurement(record: Reader) -> Measurement:
-    index = record.uint(1, "index")
+    index, specification, size, value_type, value_size = record.unpack(_BLOCK, "measurement")
     if not 1 <= index <= 254:
         raise FormatError(f"spdm.index: expected 1 to 254, got {index}", code="spdm.index")
-    record.expect(_DMTF, 1, "measurement_specification")
-    block = Reader(record.take(record.uint(2, "measurement_size"), "measurement"), "spdm")
-    value_type = block.uint(1, "value_type")
-    value = block.take(block.uint(2, "value_size"), "value")
-    block.end()
-    return Measurement(index=index, value_type=value_type, value=value)
+    if specification != _DMTF:
+        message = f"spdm.measurement_specification: expected {_DMTF}, got {specification}"
+        raise FormatError(message, code="spdm.measurement_specification")
+    if size != _VALUE_HEAD_BYTES + value_size:
+        message = f"spdm.measurement_size: expected {_VALUE_HEAD_BYTES + value_size}, got {size}"
+        raise FormatError(message, code="spdm.trailing" if size > _VALUE_HEAD_BYTES + value_size else "spdm.truncated")
+    return Measurement(index=index, value_type=value_type, value=record.take(value_size, "value"))
 
 
 def _parse_opaque(reader: Reader) -> tuple[bytes, tuple[Opaque, ...]]:

@@ -22,7 +22,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from countermark import x509chain
 from countermark.errors import FormatError, GpuError
@@ -75,11 +74,7 @@ def _refuse(message: str, code: str) -> GpuError:
 
 def spki_digest(certificate: x509.Certificate) -> bytes:
     """SHA-256 of the certificate's SubjectPublicKeyInfo (DER)."""
-    return hashlib.sha256(_spki(certificate)).digest()
-
-
-def _spki(certificate: x509.Certificate) -> bytes:
-    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(x509chain.spki(certificate)).digest()
 
 
 def verify_report(
@@ -155,7 +150,7 @@ def verify_fwid(report: Report, chain: Sequence[x509.Certificate]) -> bytes:
     identity = _dice_identity(chain[0])
     if identity.fwid != fwid:
         raise _refuse(f"GPU FWID: expected {identity.fwid.hex()} of the leaf certificate, got {fwid.hex()}", "fwid")
-    if identity.device_id is not None and (len(chain) < 2 or identity.device_id != _spki(chain[1])):
+    if identity.device_id is not None and (len(chain) < 2 or identity.device_id != x509chain.spki(chain[1])):
         raise _refuse("GPU leaf certificate: expected the issuer's key as its device, got another", "fwid")
     return fwid
 

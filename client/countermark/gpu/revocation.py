@@ -27,7 +27,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -163,30 +163,32 @@ def verify_revocation(
         for chain in (*chains, *rim_chains)
         for below, issuer in pairwise(chain)
     }
+    issuers = tuple({x509chain.digest(issuer): issuer for _, issuer in issued.values()}.values())
     covered: set[bytes] = set()
     for crl in revocation.crls:
-        covered |= _judge_crl(crl, issued, now)
+        covered |= _judge_crl(crl, issued, issuers, now)
     for response in revocation.ocsp:
         covered |= _judge_ocsp(response, issued, now)
-    wanted = [item for chain in chains for item in chain[1:-1]] + [item for chain in rim_chains for item in chain[:-1]]
-    missing = {x509chain.digest(item): item for item in wanted if x509chain.digest(item) not in covered}
+    required = [*(item for chain in chains for item in chain[1:-1]), *(item for c in rim_chains for item in c[:-1])]
+    wanted = {x509chain.digest(item): item for item in required}
+    missing = {key: item for key, item in wanted.items() if key not in covered}
     if missing and rule is GpuRevocationRule.REQUIRED:
         names = ", ".join(sorted({x509chain.name(item) for item in missing.values()}))
         message = f"GPU revocation: expected a CRL or OCSP response for every certificate, got none for {names}"
         raise Undecidable(message, code="gpu.revocation_missing", step="8")
-    total = len({x509chain.digest(item) for item in wanted})
-    return f"{total - len(missing)} of {total} certificates known not to be revoked"
+    return f"{len(wanted) - len(missing)} of {len(wanted)} certificates known not to be revoked"
 
 
 _Issued = dict[bytes, tuple[x509.Certificate, x509.Certificate]]
 
 
-def _judge_crl(crl: x509.CertificateRevocationList, issued: _Issued, now: int) -> set[bytes]:
+def _judge_crl(crl: x509.CertificateRevocationList, issued: _Issued, issuers: _Chain, now: int) -> set[bytes]:
     """The digests of the certificates the CRL covers; raises when one is revoked, or the CRL is not to be relied on."""
-    issuers = {x509chain.digest(issuer): issuer for _, issuer in issued.values() if issuer.subject == crl.issuer}
-    if not issuers:
-        raise _refuse(f"GPU CRL: expected an issuer in the chains, got {crl.issuer.rfc4514_string()}", "crl_stranger")
-    issuer = _signer(crl, list(issuers.values()))
+    wanted = crl.issuer
+    named = [issuer for issuer in issuers if issuer.subject == wanted]
+    if not named:
+        raise _refuse(f"GPU CRL: expected an issuer in the chains, got {wanted.rfc4514_string()}", "crl_stranger")
+    issuer = _signer(crl, named)
     try:
         x509chain.verify_crl(crl, issuer, now=now)
     except x509chain.ChainError as err:
@@ -243,8 +245,7 @@ def _digest(algorithm: hashes.HashAlgorithm, data: bytes) -> bytes:
 
 def _key_bits(certificate: x509.Certificate) -> bytes:
     """The BIT STRING of the public key without its count of unused bits: what RFC 6960 section 4.1.1 hashes."""
-    spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    bits = parse_sequence(spki)[1]
+    bits = parse_sequence(x509chain.spki(certificate))[1]
     assert bits.tag == BIT_STRING
     return bits.value[1:]
 

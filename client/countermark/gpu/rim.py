@@ -1,9 +1,8 @@
 """Reference integrity manifests (RIM): what NVIDIA says a driver or a VBIOS measures to, signed.
 
-A RIM is a SWID tag (ISO/IEC 19770-2:2015, TCG RIM Information Model 1.01) with an enveloped XML signature (W3C XMLDSIG
-1.1): ECDSA P-384 with SHA-384, canonical XML 1.1, the signer's certificates in KeyInfo, root last. One reference with
-the empty URI covers the document; there is no other transform, reference, signature, key or object. Values are read
-from what signxml says was signed, never from the document around it.
+A RIM is a SWID tag (ISO/IEC 19770-2:2015, TCG RIM Information Model 1.01) with an enveloped XML signature of one form
+(`gpu.xmldsig`), the signer's certificates in KeyInfo, root last. Values are read from the bytes that were signed, never
+from the document around them.
 
 `colloquialVersion` is the driver's version or, as five bytes in hex, the VBIOS's. Resource `index` i speaks of the
 report's measurement block i + 1, and only where `active`; any of its `alternatives` will do. Index 35 (NVDEC0's) is not
@@ -16,8 +15,6 @@ here: revocation of the signer (`gpu.revocation`), the RIM's tagId and product, 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,20 +25,16 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from lxml import etree
-from signxml.algorithms import CanonicalizationMethod, DigestAlgorithm, SignatureConstructionMethod, SignatureMethod
-from signxml.exceptions import SignXMLException
-from signxml.verifier import SignatureConfiguration, XMLVerifier
 
 from countermark import x509chain
 from countermark.errors import FormatError, GpuError
 from countermark.formats.spdm import STATUS_DISABLED, OpaqueType, Report
+from countermark.gpu.xmldsig import MAX_BYTES, Enveloped, parse_enveloped, verify_enveloped
 
-MAX_RIM_BYTES: Final = 256 * 1024
+MAX_RIM_BYTES: Final = MAX_BYTES
 MAX_ALTERNATIVES: Final = 64
-MAX_NAMESPACES: Final = 512  # canonical XML takes time by the square of these two; genuine RIMs have 6 and 1
-MAX_ATTRIBUTES: Final = 8
 _SWID: Final = "{http://standards.iso.org/iso/19770/-2/2015/schema.xsd}"
-_DS: Final = "{http://www.w3.org/2000/09/xmldsig#}"
+_RESOURCE: Final = f"{_SWID}Resource"
 _HASH: Final = "{http://www.w3.org/2001/04/xmlenc#sha384}Hash"
 _NVDEC0_INDEX: Final = 35
 _VBIOS: Final = re.compile(r"[0-9A-Fa-f]{2}(\.[0-9A-Fa-f]{2}){4}")
@@ -61,7 +54,7 @@ class RimKind(StrEnum):
 class RimDocument:
     """A RIM whose form is right; nothing verified, so nothing in it is read but its signer's certificates."""
 
-    data: bytes
+    signed: Enveloped
     chain: tuple[x509.Certificate, ...]
 
 
@@ -121,81 +114,12 @@ def _malformed(message: str) -> FormatError:
 
 def parse_rim(data: bytes) -> RimDocument:
     """The form of a RIM: XML without DTD or entities, one signature of the one kind. Raises `FormatError` `gpu.rim`."""
-    if len(data) > MAX_RIM_BYTES:
-        raise _malformed(f"expected at most {MAX_RIM_BYTES} bytes, got {len(data)}")
+    signed = parse_enveloped(data)
+    if signed.tag != f"{_SWID}SoftwareIdentity":
+        raise _malformed(f"expected a SWID SoftwareIdentity, got {signed.tag:.100}")
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise _malformed("expected UTF-8") from err
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise _malformed("expected no document type and no entities")
-    if text.count("xmlns") > MAX_NAMESPACES:
-        raise _malformed(f"expected at most {MAX_NAMESPACES} namespaces, got {text.count('xmlns')}")
-    try:
-        root = etree.fromstring(data, _parser())
-    except (etree.XMLSyntaxError, ValueError) as err:
-        raise _malformed(f"expected well-formed XML: {err}") from err
-    if root.tag != f"{_SWID}SoftwareIdentity":
-        raise _malformed(f"expected a SWID SoftwareIdentity, got {root.tag!s:.100}")
-    return RimDocument(data=data, chain=_signer_chain(_one_signature(root)))
-
-
-def _parser() -> etree.XMLParser:
-    # The encoding is fixed, so that a declared one cannot make other text of the bytes than was looked at above.
-    return etree.XMLParser(
-        encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, dtd_validation=False, huge_tree=False
-    )
-
-
-def _one_signature(root: etree._Element) -> etree._Element:
-    """The signature, with nothing in it that could make it cover, or be taken for, something else."""
-    found = list(root.iter(f"{_DS}Signature"))
-    if len(found) != 1 or found[0].getparent() is not root:
-        raise _malformed(f"expected one signature, below the root element, got {len(found)}")
-    if any(len(element.attrib) > MAX_ATTRIBUTES for element in found[0].iter(etree.Element)):
-        raise _malformed(f"expected at most {MAX_ATTRIBUTES} attributes in an element of the signature")
-    info, _value, key_info = _children(found[0], "SignedInfo", "SignatureValue", "KeyInfo")
-    canonical, method, reference = _children(info, "CanonicalizationMethod", "SignatureMethod", "Reference")
-    transforms, digest, _ = _children(reference, "Transforms", "DigestMethod", "DigestValue")
-    enveloped, transform = _children(transforms, "Transform", "Transform")
-    c14n = CanonicalizationMethod.CANONICAL_XML_1_1.value
-    for element, algorithm in (
-        (canonical, c14n),
-        (method, SignatureMethod.ECDSA_SHA384.value),
-        (enveloped, SignatureConstructionMethod.enveloped.value),
-        (transform, c14n),
-        (digest, DigestAlgorithm.SHA384.value),
-    ):
-        _children(element)
-        if _attributes(element) != {"Algorithm": algorithm}:
-            raise _malformed(f"expected the algorithm {algorithm} alone, got {_attributes(element)!s:.200}")
-    if _attributes(reference) != {"URI": ""}:
-        raise _malformed(f"expected a reference to the whole document, got {_attributes(reference)!s:.200}")
-    _children(key_info, "X509Data")
-    return found[0]
-
-
-def _attributes(element: etree._Element) -> dict[str, str]:
-    return {str(name): str(value) for name, value in element.attrib.items()}
-
-
-def _children(element: etree._Element, *names: str) -> list[etree._Element]:
-    found = list(element)
-    if [child.tag for child in found] != [_DS + name for name in names]:
-        got = [str(child.tag) for child in found]
-        raise _malformed(f"{element.tag}: expected {list(names)}, got {got!s:.300}")
-    return found
-
-
-def _signer_chain(signature: etree._Element) -> tuple[x509.Certificate, ...]:
-    (data,) = signature.iter(f"{_DS}X509Data")
-    texts = [child.text or "" for child in data if child.tag == f"{_DS}X509Certificate"]
-    if len(texts) != len(data):
-        raise _malformed("X509Data: expected certificates alone")
-    try:
-        der = [base64.b64decode("".join(text.split()), validate=True) for text in texts]
-        return x509chain.parse_der_chain(der, "gpu")
-    except (binascii.Error, ValueError, FormatError) as err:
+        return RimDocument(signed=signed, chain=x509chain.parse_der_chain(signed.certificates, "gpu"))
+    except FormatError as err:
         raise _malformed(f"X509Data: {err}") from err
 
 
@@ -228,30 +152,12 @@ def verify_rim_signature(document: RimDocument) -> Rim:
     """
     signer = document.chain[0]
     key = signer.public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+    if not isinstance(key, ec.EllipticCurvePublicKey):
         raise _refuse(f"{x509chain.name(signer)}: expected a P-384 key", "rim_signature")
-    config = SignatureConfiguration(
-        location="./",
-        expect_references=1,
-        signature_methods=frozenset({SignatureMethod.ECDSA_SHA384}),
-        digest_algorithms=frozenset({DigestAlgorithm.SHA384}),
-        verification_time=signer.not_valid_before_utc,
-    )
-    try:
-        # The form was checked by `parse_rim`, more strictly than the XML schema does.
-        result = XMLVerifier().verify(
-            document.data, x509_cert=signer, expect_config=config, parser=_parser(), validate_schema=False
-        )
-    except (SignXMLException, etree.LxmlError, ValueError, TypeError) as err:
-        raise _refuse(f"RIM: its signature does not verify: {err}", "rim_signature") from err
-    if isinstance(result, list) or result.signed_xml is None:
-        raise _malformed("expected signed XML")
-    return _read(result.signed_xml)
+    return _read(verify_enveloped(document.signed, key))
 
 
 def _read(tag: etree._Element) -> Rim:
-    if tag.tag != f"{_SWID}SoftwareIdentity":
-        raise _malformed(f"expected a SWID SoftwareIdentity, got {tag.tag!s:.100}")
     for name in ("patch", "supplemental"):
         if tag.get(name, "false") != "false":
             raise _malformed(f"{name}: expected false, got {tag.get(name)!s:.20}")
@@ -283,7 +189,7 @@ def _only(tag: etree._Element, name: str) -> etree._Element:
 def _reference(item: etree._Element) -> Reference | None:
     """One Resource, or None when it is not active."""
     # Something else to be measured must not be passed over in silence.
-    if item.tag != f"{_SWID}Resource" or item.get("type") != "Measurement":
+    if item.tag != _RESOURCE or item.get("type") != "Measurement":
         raise _malformed(f"expected measurements alone, got {item.tag!s:.100} of type {item.get('type')!s:.40}")
     active = item.get("active", "").lower()
     if active not in ("true", "false"):
@@ -292,7 +198,7 @@ def _reference(item: etree._Element) -> Reference | None:
     if active == "false":
         return None
     size, count = _number(item, "size", 64), _number(item, "alternatives", MAX_ALTERNATIVES)
-    texts = {name: value for name, value in _attributes(item).items() if name.startswith(_HASH)}
+    texts = {str(name): str(value) for name, value in item.items() if str(name).startswith(_HASH)}
     names = [f"{_HASH}{number}" for number in range(count)]
     if not names or set(texts) != set(names):
         raise _malformed(f"index {index}: expected {count} alternatives, got {len(texts)}")
