@@ -7,12 +7,14 @@ last). Index i in a RIM speaks of report index i + 1. The version strings spell 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Collection, Mapping
 
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from lxml import etree
-from signxml.algorithms import DigestAlgorithm, SignatureMethod
-from signxml.signer import XMLSigner
 
 from countermark_appliance.platform.sim.nvidia import (
     DRIVER_INDEXES,
@@ -24,6 +26,9 @@ from countermark_appliance.platform.sim.nvidia import (
     measured,
 )
 
+_DS = "http://www.w3.org/2000/09/xmldsig#"
+_C14N = "http://www.w3.org/2006/12/xml-c14n11"
+_SCALAR_BYTES = 48
 _SWID = "http://standards.iso.org/iso/19770/-2/2015/schema.xsd"
 _SHA384 = "http://www.w3.org/2001/04/xmlenc#sha384"
 _RIM = "https://trustedcomputinggroup.org/resource/tcg-reference-integrity-manifest-rim-information-model/"
@@ -81,7 +86,31 @@ def make_rim(
 
 
 def sign_tag(vendor: GpuVendor, tag: etree._Element) -> bytes:
-    """The SWID tag with the vendor's enveloped signature."""
-    signer = XMLSigner(signature_algorithm=SignatureMethod.ECDSA_SHA384, digest_algorithm=DigestAlgorithm.SHA384)
-    chain = [vendor.rim_signer.certificate, vendor.rim_root.certificate]
-    return etree.tostring(signer.sign(tag, key=vendor.rim_signer.key, cert=chain))
+    """The SWID tag with the vendor's enveloped signature as its last element."""
+    digest = hashlib.sha384(_canonical(tag)).digest()
+    signature = etree.SubElement(tag, f"{{{_DS}}}Signature", nsmap={"ds": _DS})
+    info = _add(signature, "SignedInfo")
+    _add(info, "CanonicalizationMethod", Algorithm=_C14N)
+    _add(info, "SignatureMethod", Algorithm="http://www.w3.org/2001/04/xmldsig-more#ecdsa-sha384")
+    reference = _add(info, "Reference", URI="")
+    transforms = _add(reference, "Transforms")
+    _add(transforms, "Transform", Algorithm=f"{_DS}enveloped-signature")
+    _add(transforms, "Transform", Algorithm=_C14N)
+    _add(reference, "DigestMethod", Algorithm="http://www.w3.org/2001/04/xmldsig-more#sha384")
+    _add(reference, "DigestValue").text = base64.b64encode(digest).decode("ascii")
+    r, s = decode_dss_signature(vendor.rim_signer.key.sign(_canonical(info), ec.ECDSA(hashes.SHA384())))
+    value = b"".join(number.to_bytes(_SCALAR_BYTES, "big") for number in (r, s))
+    _add(signature, "SignatureValue").text = base64.b64encode(value).decode("ascii")
+    data = _add(_add(signature, "KeyInfo"), "X509Data")
+    for issued in (vendor.rim_signer, vendor.rim_root):
+        _add(data, "X509Certificate").text = base64.b64encode(issued.der).decode("ascii")
+    return etree.tostring(tag)
+
+
+def _add(parent: etree._Element, name: str, **attributes: str) -> etree._Element:
+    return etree.SubElement(parent, f"{{{_DS}}}{name}", attributes)
+
+
+def _canonical(element: etree._Element) -> bytes:
+    # lxml's is version 1.0; 1.1 gives the same bytes where no attribute is of the xml: namespace.
+    return etree.tostring(element, method="c14n", with_comments=False)
