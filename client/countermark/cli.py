@@ -25,26 +25,24 @@ from countermark import (
     explain,
     gate_cli,
     log_cli,
+    policy_cli,
     replay_cli,
     terminal,
 )
-from countermark import policy as policies
 from countermark.anchors import verify_headers
 from countermark.appraise import TimeBasis
 from countermark.bundle import read_bundle
-from countermark.checks import rfc3339
 from countermark.demo import DemoResult, run_demo
 from countermark.errors import (
     CountermarkError,
     UsageError,
 )
-from countermark.files import read_file, write_file
+from countermark.files import read_file
 from countermark.formats.ots import MAX_HEADERS_BYTES
-from countermark.policy import Policy, Profile, load_policy
+from countermark.policy import Policy, load_policy
 from countermark.proxy import cli as proxy_cli
 from countermark.session import connect
 from countermark.summary import summary
-from countermark.tlog.proof import MAX_PROOF_BYTES
 from countermark.verify import Verification, verify_bundle
 
 EXIT_CODES = """exit codes:
@@ -143,32 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     replay_cli.add_command(commands, _command)
     doctor_cli.add_commands(commands, _command, _parser)
 
-    policy = commands.add_parser("policy", help="make, show and pin policies").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    new = _command(policy, "new", _policy_new, "print a strict policy that accepts nothing yet")
-    new.add_argument("--profile", choices=[p.value for p in Profile], default=Profile.PRODUCTION.value)
-    new.add_argument("--simulated-tdx-root", type=arguments.digest, metavar="SHA256")
-    new.add_argument("--simulated-gpu-root", type=arguments.digest, metavar="SHA256")
-    new.add_argument("--simulated-rim-root", type=arguments.digest, metavar="SHA256")
-    new.add_argument(
-        "--at", type=arguments.moment, metavar="TIME", help="as of that time (default: now), for old evidence"
-    )
-    show = _command(policy, "show", _policy_show, "check a policy file and print it with every default")
-    show.add_argument("policy", type=Path)
-    pin = _command(policy, "pin", _policy_pin, "accept the image of a signed measurement manifest")
-    pin.add_argument("manifest", type=Path)
-    pin.add_argument("--policy", type=Path, required=True, help="the policy file to change")
-    pin.add_argument(
-        "--signer", type=arguments.digest, action="append", default=[], metavar="SHA256", help="both, the first time"
-    )
-    pin.add_argument(
-        "--log", action="append", default=[], metavar="VKEY", help="both keys of its measurement log, or a file of them"
-    )
-    pin.add_argument("--proof", type=Path, metavar="FILE", help="that it stands in that log, as published beside it")
-    pin.add_argument(
-        "--weights", type=arguments.digest, action="append", default=[], metavar="ROOT", help="weights root to accept"
-    )
+    policy_cli.add_commands(commands, _command)
     return parser
 
 
@@ -226,47 +199,6 @@ def _verify(args: argparse.Namespace) -> None:
         _print_json(verified.as_json() | (explain.as_json(verified.checks) if args.explain else {}))
     else:
         print(verified)
-
-
-def _policy_new(args: argparse.Namespace) -> None:
-    policy = policies.new_policy(
-        Profile(args.profile),
-        now=int(time.time()) if args.at is None else args.at,
-        simulated_tdx_root=args.simulated_tdx_root,
-        simulated_gpu_root=args.simulated_gpu_root,
-        simulated_rim_root=args.simulated_rim_root,
-    )
-    sys.stdout.write(policies.encode_policy(policy))
-
-
-def _policy_show(args: argparse.Namespace) -> None:
-    policy = load_policy(args.policy)
-    sys.stdout.write(policies.encode_policy(policy))
-    if time.time() > policy.not_after:
-        terminal.note(f"{args.policy}: EXPIRED {rfc3339(policy.not_after)}: nothing is accepted under it")
-
-
-def _policy_pin(args: argparse.Namespace) -> None:
-    before = load_policy(args.policy)
-    if len(args.signer) != 2 and (args.signer or not before.manifest_signers):
-        message = f"--signer: expected two digests, of the ES256 and the ML-DSA-65 signer, got {len(args.signer)}"
-        raise UsageError(message, code="usage.signer")
-    after = policies.pin(
-        before,
-        read_file(args.manifest),
-        now=int(time.time()),
-        signers=args.signer,
-        weights_roots=args.weights,
-        log=log_cli.read_vkeys(args.log),
-        proof=None if args.proof is None else read_file(args.proof, max_bytes=MAX_PROOF_BYTES),
-    )
-    write_file(args.policy, policies.encode_policy(after).encode())
-    accepted = f"{len(after.images)} image(s), manifest version {after.manifest_version}"
-    roots = f"{len(after.weights_roots)} weights root(s)" if after.weights_roots else "NO weights yet (--weights ROOT)"
-    terminal.note(f"{args.policy}: accepts {accepted}, {roots}")
-    if not set(after.images[-1].mrseam) & set(after.mrseam):
-        tried = ", ".join(module.hex() for module in after.images[-1].mrseam) or "none"
-        terminal.note(f"the image was tried with TDX modules of which tdx.mrseam accepts none: {tried}")
 
 
 def _verified(args: argparse.Namespace, policy: Policy) -> Verification:

@@ -104,7 +104,7 @@ def build(
         )
         raise UsageError(message, code="usage.manifest")
     if image.image_id in revoked:
-        message = f"--revoke: expected other images than the one that is published, got {image.image_id.hex()}"
+        message = f"image {image.image_id.hex()}: expected one that no manifest revokes: build another"
         raise UsageError(message, code="usage.manifest")
     if not 1 <= valid_days <= MAX_VALID_DAYS or version < 1:
         message = f"expected a version from 1 and 1 to {MAX_VALID_DAYS} days, got version {version}, {valid_days} days"

@@ -141,7 +141,7 @@ def _verify_logged(
         raise PolicyError(f"manifest.log: {err}", code="policy.value") from err
     if proof is None:
         message = (
-            f"proof: expected that the manifest stands in {origin}, got none (it is published beside the manifest)"
+            f"--proof: expected that the manifest stands in {origin}, got none: it is published beside the manifest"
         )
         raise MeasurementError(message, code="manifest.unlogged")
     leaf = encode_measured(leaf_of(envelope, image))
