@@ -102,12 +102,10 @@ def _verdict(seen: Seen) -> dict[str, Any]:
 
 
 def _refusal(seen: Seen) -> dict[str, Any] | None:
-    """Of a node that was refused by its evidence or could not be reached; of an answer that was withheld no text."""
     if seen.error is None:
         return None
     err = seen.error
-    text = "" if err.code.startswith(("receipt.", "stream.")) else str(err)
-    return {"code": err.code, "step": err.step, "text": text, "explain": _advice(explain_code(err.code))}
+    return {"code": err.code, "step": err.step, "text": str(err), "explain": _advice(explain_code(err.code))}
 
 
 def _advice(advice: object) -> str | None:

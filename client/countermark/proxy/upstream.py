@@ -132,9 +132,13 @@ class Node:
         self._prune()
 
     def condemn(self, err: CountermarkError) -> None:
-        """An answer of this node did not verify: no prompt goes there until it has been appraised again, later."""
+        """An answer of this node did not verify: no prompt goes there until it has been appraised again, later.
+
+        What is said of that to others is the code alone: the error's text can quote the request.
+        """
         self.counts.withheld += 1
-        self._refuse(err)
+        text = f"an answer of this node did not verify ({err.code}); it is left alone until it is appraised again"
+        self._refuse(type(err)(text, code=err.code, step=err.step))
 
     async def keep(self) -> None:
         """Appraise in good time, for ever: the task of this node."""
