@@ -16,6 +16,8 @@ PAGE = (ROOT / "docs" / "operator.md").read_text(encoding="utf-8")
 APPLIANCE = ROOT / "appliance" / "countermark_appliance"
 SOURCES = (
     *(APPLIANCE / "platform" / "tdx").glob("*.py"),
+    *(APPLIANCE / "platform" / "vtpm").glob("*.py"),
+    *(APPLIANCE / "guest").glob("*.py"),
     APPLIANCE / "platform" / "image.py",
     APPLIANCE / "platform" / "base.py",
     APPLIANCE / "platform" / "endorsements.py",
@@ -23,7 +25,7 @@ SOURCES = (
     APPLIANCE / "config.py",
     APPLIANCE / "watch.py",
 )
-CODE = re.compile(r"(platform|gpu|config|ccel)\.[a-z0-9_]+")
+CODE = re.compile(r"(platform|gpu|config|ccel|guest)\.[a-z0-9_]+")
 INSIDE = {  # told as `platform.ccel_table`, or as a line in the log
     *("ccel.checksum", "ccel.log_area"),
     *("platform.endorsements_dates", "platform.endorsements_older"),
@@ -65,7 +67,9 @@ def raised() -> dict[str, set[str]]:
                 found.setdefault(node.value, set())
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 for keyword in node.keywords:
-                    if keyword.arg == "code" and isinstance(keyword.value, ast.Constant):
+                    if keyword.arg != "code" or not isinstance(keyword.value, ast.Constant):
+                        continue
+                    if CODE.fullmatch(keyword.value.value):
                         found.setdefault(keyword.value.value, set()).add(node.func.id)
     return found
 

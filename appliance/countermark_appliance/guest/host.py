@@ -55,7 +55,7 @@ def check_host(sysfs: Sysfs) -> None:
     _credentials(sysfs)
     _oem_strings(sysfs)
     if EFI_OPTIONS in _names(sysfs, EFI_VARIABLES):
-        raise _refuse("EFI variables", "none that systemd takes options from, got SystemdOptions", "efi_options")
+        raise _refuse("EFI variables", "none that systemd takes options from, got SystemdOptions", "guest.efi_options")
     _acpi(sysfs)
     _kernel_locks(sysfs)
     _root(sysfs)
@@ -67,7 +67,7 @@ def _command_line(sysfs: Sysfs) -> None:
     given = [word for word in _text(sysfs, CMDLINE).split() if not word.startswith(f"{PARAMETER}=")]
     if given != baked:
         other = next((word for word in given if word not in baked), "the same words in another order or number")
-        raise _refuse("kernel command line", f"the image's words alone, got {other!r:.80}", "command_line")
+        raise _refuse("kernel command line", f"the image's words alone, got {other!r:.80}", "guest.command_line")
 
 
 def _boot_config(sysfs: Sysfs) -> None:
@@ -77,13 +77,13 @@ def _boot_config(sysfs: Sysfs) -> None:
         return  # a kernel without it
     found = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if found:
-        raise _refuse("boot configuration", f"none, got {found[0]!r:.80}", "boot_config")
+        raise _refuse("boot configuration", f"none, got {found[0]!r:.80}", "guest.boot_config")
 
 
 def _credentials(sysfs: Sysfs) -> None:
     for folder in CREDENTIALS:
         if found := _names(sysfs, folder):
-            raise _refuse("credentials", f"none, got {found[0]!r:.80} in /{folder}", "credentials")
+            raise _refuse("credentials", f"none, got {found[0]!r:.80} in /{folder}", "guest.credentials")
 
 
 def _oem_strings(sysfs: Sysfs) -> None:
@@ -92,22 +92,22 @@ def _oem_strings(sysfs: Sysfs) -> None:
     except FileNotFoundError:
         return  # firmware without SMBIOS
     except FormatError as err:
-        raise _refuse("SMBIOS", f"a table that can be read: {err}", "smbios") from err
+        raise _refuse("SMBIOS", f"a table that can be read: {err}", "guest.smbios") from err
     if found:
-        raise _refuse("SMBIOS", f"no OEM strings (type 11), got {found[0]!r:.80}", "smbios")
+        raise _refuse("SMBIOS", f"no OEM strings (type 11), got {found[0]!r:.80}", "guest.smbios")
 
 
 def _acpi(sysfs: Sysfs) -> None:
     names = [name for name in _names(sysfs, ACPI) if name not in ("data", "dynamic")]
     late = _names(sysfs, f"{ACPI}/dynamic")
     if late:
-        raise _refuse("ACPI", f"no table loaded after boot, got {late[0]!r:.20}", "acpi")
+        raise _refuse("ACPI", f"no table loaded after boot, got {late[0]!r:.20}", "guest.acpi")
     if other := [name for name in names if name not in ACPI_TABLES]:
         expected = f"tables of the captured launch shapes alone ({', '.join(ACPI_TABLES)})"
-        raise _refuse("ACPI", f"{expected}, got {other[0]!r:.20}", "acpi")
+        raise _refuse("ACPI", f"{expected}, got {other[0]!r:.20}", "guest.acpi")
     for name in names:
         if (found := sysfs.read(f"{ACPI}/{name}", max_bytes=_MAX_BYTES)[:4]) != name.encode():
-            raise _refuse("ACPI", f"the signature {name} in table {name}, got {found!r}", "acpi")
+            raise _refuse("ACPI", f"the signature {name} in table {name}, got {found!r}", "guest.acpi")
 
 
 def _kernel_locks(sysfs: Sysfs) -> None:
@@ -116,27 +116,29 @@ def _kernel_locks(sysfs: Sysfs) -> None:
         try:
             found = _text(sysfs, path).split()
         except OSError as err:
-            raise _refuse("kernel", f"{wanted} in /{path}, got {err.strerror}", "kernel_locks") from err
+            raise _refuse("kernel", f"{wanted} in /{path}, got {err.strerror}", "guest.kernel_locks") from err
         if wanted not in found:
-            raise _refuse("kernel", f"{wanted} in /{path}, got {' '.join(found)!r:.60}", "kernel_locks")
+            raise _refuse("kernel", f"{wanted} in /{path}, got {' '.join(found)!r:.60}", "guest.kernel_locks")
 
 
 def _root(sysfs: Sysfs) -> None:
     """proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, `-`, type, ..."""
     roots = [line.split() for line in _text(sysfs, MOUNTS).splitlines() if line.split()[4:5] == ["/"]]
     if not roots or "-" not in roots[-1]:
-        raise _refuse("root file system", f"a line in /{MOUNTS}, got none", "root")
+        raise _refuse("root file system", f"a line in /{MOUNTS}, got none", "guest.root")
     fields = roots[-1]
     kind, device, options = fields[fields.index("-") + 1], fields[2], fields[5].split(",")
     if kind != "erofs" or "ro" not in options or not _DEVICE.fullmatch(device):
-        raise _refuse("root file system", f"erofs, read-only, got {kind} with {','.join(options)}", "root")
+        raise _refuse("root file system", f"erofs, read-only, got {kind} with {','.join(options)}", "guest.root")
     wanted = DEVICE_UUID + read_image_id(sysfs).hex()
     try:
         found = _text(sysfs, f"sys/dev/block/{device}/dm/uuid").strip()
     except OSError as err:
-        raise _refuse("root file system", f"a device of dm-verity's, got {device}: {err.strerror}", "root") from err
+        raise _refuse(
+            "root file system", f"a device of dm-verity's, got {device}: {err.strerror}", "guest.root"
+        ) from err
     if found != wanted:
-        raise _refuse("root file system", f"a device opened as {wanted}, got {found!r:.90}", "root")
+        raise _refuse("root file system", f"a device opened as {wanted}, got {found!r:.90}", "guest.root")
 
 
 def _text(sysfs: Sysfs, path: str) -> str:
@@ -149,4 +151,4 @@ def _names(sysfs: Sysfs, folder: str) -> list[str]:
 
 
 def _refuse(what: str, message: str, code: str) -> MeasurementError:
-    return MeasurementError(f"{what}: expected {message}", code=f"guest.{code}")
+    return MeasurementError(f"{what}: expected {message}", code=code)
