@@ -29,7 +29,7 @@ SMALL = Scale(runs=12, questions=9, prompt=100, long_prompt=300, tokens=8, resid
 LOAD = functools.partial(TinyArtefact, "qwen3")
 NAMES = [
     *("neighbours", "resident-12", "resident-20", "chunks", "prefix-cache", "preemption", "cancel", "graphs"),
-    *("unobserved", "pages", "buckets", "processes", "sampling", "audit"),
+    *("unobserved", "pages", "buckets", "processes", "sampling", "grammar", "audit"),
 ]
 
 
@@ -85,6 +85,7 @@ def test_one_step_in_flight_gives_the_same_digests(
     """As on a GPU, where the host plans a step before it knows the draws of the one before."""
     monkeypatch.setattr(HostExecutor, "pipelined", True)
     names = ("neighbours", "resident-20", "chunks", "prefix-cache", "preemption", "cancel", "unobserved", "buckets")
+    names += ("grammar",)
     report = suite(*names)
     assert {case.name: (case.status, case.reason) for case in report.cases} == dict.fromkeys(names, (Status.PASS, ""))
     assert {case.name: case.digest for case in report.cases} == {

@@ -25,6 +25,12 @@ SEED = "countermark determinism suite, 1"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHUNKS = (64, 97, 128, 256, 512, 1024, 2048, 4096, 8192)
 PROBE = 0
+GRAMMARS = (
+    ("regex", "[a-z ]{400,}"),
+    ("regex", r"(\d{4}-\d\d-\d\d, |[^\x00-\x1f]{3};){400,}"),
+    ("json_schema", '{"type": "array", "items": {"type": "object"}, "minItems": 400}'),
+)
+"""None is over after an answer of the suite."""
 
 Load = Callable[[], Artefact]
 """Makes the artefact, here and in another process: it must pickle, such as `functools.partial(weights.load, dir)`."""
@@ -99,6 +105,7 @@ class Conditions:
             "buckets": self.buckets,
             "processes": self.processes,
             "sampling": self.sampling,
+            "grammar": self.grammar,
             "audit": self.audit,
         }
 
@@ -338,6 +345,35 @@ class Conditions:
             return runs, f"log probabilities change {unequal}"
         return runs, "" if max(seen.rows) > len(kinds) else "expected all kinds in one batch"
 
+    def grammar(self, rng: random.Random, facts: Facts) -> Found:
+        """Answers that must fit something beside others that need not, each drawn in each way: in one batch, in small
+        pieces, and in a pool too small for all; then audited."""
+        short = [
+            self._constrained(1060 + 10 * i + j, grammar, heat, BLOCK + 5, self._scale.tokens)
+            for i, grammar in enumerate(GRAMMARS)
+            for j, heat in enumerate((0.0, 0.8, 1.5))
+        ]
+        long = [self._constrained(1090 + i, GRAMMARS[i % 3], 0.8, BLOCK - 4, BLOCK + 8) for i in range(5)]
+        jobs = [Job(question=question) for question in short] * 2 + self._crowd(rng, 9, 9)
+        rng.shuffle(jobs)
+        crowded = [Job(question=question) for question in long] * 2
+        self._references([*jobs, *crowded])
+        self.rig.forget_prefixes()
+        runs, seen = self._serve(jobs, together=len(jobs), step_tokens=512)
+        runs += self._serve(jobs, together=6, step_tokens=96, mixed_tokens=16)[0]
+        self.rig.forget_prefixes()
+        blocks = self.rig.model.blocks
+        taken = blocks.take(blocks.available - 10)
+        try:
+            narrow, few = self._serve(crowded, together=len(crowded), step_tokens=STEP_TOKENS)
+        finally:
+            blocks.give(taken)
+        runs += [*narrow, *self.rig.audit([*short, *long], 100)]
+        facts |= {"grammars": len(GRAMMARS), "batches": _sizes(seen.rows), "computed_again": few.recomputed}
+        if not few.recomputed:
+            return runs, "expected a sequence to lose its blocks and be computed again"
+        return runs, "" if max(seen.rows) > len(short) else "expected them in one batch with others"
+
     def audit(self, _rng: random.Random, facts: Facts) -> Found:
         """Every question's answer, a long prompt's and one over several blocks; packed into few passes, then many."""
         questions = [self._probe, *self._others, self._long_question(), self._special(1050, BLOCK - 4, 2 * BLOCK)]
@@ -395,6 +431,20 @@ class Conditions:
         rng = generator(str(number))
         rest = self._tokens(rng, prompt - len(begins))
         return Question(number=number, prompt=(*begins, *rest), tokens=tokens, sampling=self._sampling(rng))
+
+    def _constrained(
+        self, number: int, grammar: tuple[str, str], temperature: float, prompt: int, tokens: int
+    ) -> Question:
+        """A question whose answer must fit."""
+        rng = generator(str(number))
+        return Question(
+            number=number,
+            prompt=self._tokens(rng, prompt),
+            tokens=tokens,
+            sampling=self._sampling(rng, temperature),
+            logprobs=rng.choice((0, 3)),
+            grammar=grammar,
+        )
 
     def _tokens(self, rng: random.Random, count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(self._vocab) for _ in range(count))

@@ -18,6 +18,7 @@ machines with one set of weights, one scale and one version of Python can be com
     buckets        batches of one less, as many and one more than each power of two and each bucket of the executor
     processes      another process, with another number of threads
     sampling       greedy and sampled, with penalties and biases, log probabilities asked for and not
+    grammar        answers that must fit an expression or a JSON schema, beside others that need not
     audit          the answers once more by teacher-forced passes: nothing decoded, carried or cached
 
 Not checked here: that the answers are right; the kernels' own tests compare with references that are not ours.

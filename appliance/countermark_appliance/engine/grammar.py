@@ -1,9 +1,9 @@
 """What an answer must fit, as a mask of ids for every token: integers, a function of the grammar and the tokens before.
 
-An id is allowed where its bytes, behind the answer so far, begin some text of the grammar's language; an end-of-sequence
-id exactly where the answer so far is such a text. `grammarlib` says how the library is asked. Where the mask meets the
-logits it is a bias (`BARRED`), which any other logit is far above: see `draw.py` for one device and `samplerstate.py`
-for the other. Sums of the sampler and everything after them are then those of the allowed ids alone.
+An id is allowed where its bytes, behind the answer so far, begin some text of the grammar's language; an id that ends
+the sequence exactly where the answer so far is such a text. `grammarlib` says how the library is asked. Where the mask
+meets the logits it is a bias (`BARRED`) that any other logit is far above: see `draw.py`, and `samplerstate.py` for
+the GPU. Sums of the sampler and everything behind them are then those of the allowed ids alone.
 
 A grammar is compiled before its request is recorded, off the engine's thread, and first by the judge. A mask takes
 10 to 30 microseconds and may take more; what a walk may spend in all is bounded, and a walk beyond it ends its own

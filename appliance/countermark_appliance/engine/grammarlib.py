@@ -5,8 +5,9 @@ text of the grammar's language. No floating point, no chance, no clock in it: it
 ours is fixed here and has a version, RULES, which every record of a constrained answer states beside the library's:
 
 - an expression is Rust's regex syntax, of Unicode, for the whole answer; no look-around, no reference, no flag x
-- a JSON schema is read strictly: what the library does not know is refused, and `oneof` too where it is not `anyOf`;
+- a JSON schema is read strictly: what the library does not know is refused, and `oneOf` too where it is not `anyOf`;
   keys come in the schema's order; between two tokens of JSON up to 16 characters of white space, none before or behind
+- no id is forced: where only one text can follow, the library would allow the tokens that spell it in its own way
 - the limits below, and no end-of-sequence id: when the answer may end is for `grammar.py`
 
 Shared with `grammarjudge.py`, which tries a grammar where it can do no harm. Imports no numpy: the judge is small.
@@ -17,17 +18,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import llguidance
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
 
 LIBRARY = "llguidance"
 RULES = 1
 KINDS = ("json_schema", "regex")
-_JSON: JsonCompileOptions = {
+_JSON = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": False,
@@ -35,6 +32,7 @@ _JSON: JsonCompileOptions = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_ALL_TOKENS = '%llguidance {"no_forcing": true}\n'
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -61,7 +59,7 @@ def version() -> str:
 
 
 class _Vocabulary(llguidance.TokenizerWrapper):
-    """What `LLTokenizer` reads; it is never asked to tokenise anything that counts."""
+    """What `LLTokenizer` reads. It is never asked to tokenise: that would be to force an id."""
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
         self.tokens = [*tokens, b"\xffend"]  # an id beyond all others, since the library wants an end of its own
@@ -71,7 +69,7 @@ class _Vocabulary(llguidance.TokenizerWrapper):
         self.is_tokenizer_wrapper = True
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return []
+        raise NotImplementedError
 
 
 def vocabulary(tokens: Sequence[bytes]) -> llguidance.LLTokenizer:
@@ -106,7 +104,9 @@ def _json_schema(text: str) -> str:
         raise ValueError("expected a JSON object")
     if "x-guidance" in schema:
         raise ValueError("x-guidance: expected no settings of the library's in a schema")
-    return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
+    named = {"name": "json", "json_schema": schema | {"x-guidance": _JSON}}
+    start = {"name": "start", "lark_grammar": _ALL_TOKENS + "start: @json"}
+    return json.dumps({"grammars": [start, named]})
 
 
 def _regex(text: str) -> str:
@@ -130,7 +130,10 @@ def _regex(text: str) -> str:
             if text[end : end + 1] in (":", ")") and "x" in text[at + 2 : end]:
                 raise ValueError("expected no flag x")
         at += 1
-    return llguidance.LLMatcher.grammar_from_regex(text)
+    read = json.loads(llguidance.LLMatcher.grammar_from_regex(text))
+    (grammar,) = read["grammars"]
+    grammar["lark_grammar"] = _ALL_TOKENS + grammar["lark_grammar"]
+    return json.dumps(read)
 
 
 def _first_line(text: str) -> str:

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from countermark.errors import CountermarkError
-from countermark_appliance.engine.audit import Recording, audit_all
+from countermark_appliance.engine.audit import Masks, Recording, audit_all
 from countermark_appliance.engine.executor import make_executor
+from countermark_appliance.engine.grammar import BARRED, Grammar, Grammars, unpacked
 from countermark_appliance.engine.loop import Loop
 from countermark_appliance.engine.model import Model
 from countermark_appliance.engine.request import DoneEvent, Event, Finish, Prepared, Request, TokenLogprob
@@ -48,13 +49,15 @@ SILENCE_S = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A prompt, how many tokens to answer it with, and how to draw them. `number` names it."""
+    """A prompt, how many tokens to answer it with, and how to draw them. `number` names it. `grammar`: kind and text
+    of one that no answer of that length is the end of."""
 
     number: int
     prompt: tuple[int, ...]
     tokens: int
     sampling: ResolvedSampling
     logprobs: int = 0
+    grammar: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +160,9 @@ class Rig:
         self.model = Model(artefact, device)
         self.model.size_pool(blocks)
         self._tokenizer = Tokenizer(artefact.tokenizer_json, vocab=artefact.config.vocab)
+        tokens = [self._tokenizer.token_bytes(token) for token in range(artefact.config.vocab)]
+        self._grammars = Grammars(tokens, ())
+        self._compiled: dict[tuple[str, str], Grammar] = {}
         self._executors: dict[bool, Executor] = {}
         self._observed = True
         self._runs: dict[int, Run] = {}
@@ -167,6 +173,7 @@ class Rig:
         for executor in self._executors.values():
             executor.close()
         self._pool.shutdown()
+        self._grammars.close()
 
     def executor(self, graphs: bool) -> Executor:
         """The executor with or without CUDA graphs; made once."""
@@ -179,7 +186,7 @@ class Rig:
         if question.number not in self._references:
             self.forget_prefixes()
             ((run,), _) = self.serve([Job(question=question)], together=1, step_tokens=STEP_TOKENS)
-            self._references[question.number] = _as_reference(run)
+            self._references[question.number] = _as_reference(run, self._grammar(question))
         return self._references[question.number]
 
     def audit(self, questions: Seq[Question], step_tokens: int) -> list[Run]:
@@ -189,7 +196,7 @@ class Rig:
         what goes wrong alone exactly as it does in company is found.
         """
         runs = [Run(job=Job(question=question), reference=self.reference(question)) for question in questions]
-        recordings = [_recording(i, run) for i, run in enumerate(runs)]
+        recordings = [_recording(i, run, self._grammar(run.job.question)) for i, run in enumerate(runs)]
         for found in audit_all(self.model, recordings, step_tokens):
             run, outcome = runs[found.index], found.outcome
             assert run.reference is not None
@@ -245,7 +252,8 @@ class Rig:
         sequences = []
         for run in runs:
             sink = _Sink(run, over)
-            sink.sequence = Sequence(_prepared(run), sink, self._tokenizer, deadline=None)
+            prepared = _prepared(run, self._grammar(run.job.question))
+            sink.sequence = Sequence(prepared, sink, self._tokenizer, deadline=None)
             self._runs[id(sink.sequence)] = run
             scheduler.add(sink.sequence)
             sequences.append(sink.sequence)
@@ -266,6 +274,14 @@ class Rig:
                 run.digests = dict(enumerate(run.reference.digests))
             _deliver(run)
         return runs, seen
+
+    def _grammar(self, question: Question) -> Grammar | None:
+        """Compiled once."""
+        if question.grammar is None:
+            return None
+        if question.grammar not in self._compiled:
+            self._compiled[question.grammar] = self._grammars.compile(*question.grammar)
+        return self._compiled[question.grammar]
 
     def _observe(self, rows: Seq[Row], logits: Tensor) -> None:
         """Called by the executor with the raw logits of every drawn row."""
@@ -339,7 +355,7 @@ class _Watched:
         """The rig closes its executors."""
 
 
-def _prepared(run: Run) -> Prepared:
+def _prepared(run: Run, grammar: Grammar | None) -> Prepared:
     question = run.job.question
     return Prepared(
         request=Request(),
@@ -351,6 +367,7 @@ def _prepared(run: Run) -> Prepared:
         sampling=question.sampling,
         ignore_eos=True,
         logprobs=question.logprobs,
+        grammar=grammar,
     )
 
 
@@ -364,7 +381,7 @@ def _check_logprob(given: TokenLogprob, row: Tensor, token: int, whose: str, at:
         raise ValueError(f"reference: {whose}: the likeliest of token {at} are not those of these logits")
 
 
-def _recording(index: int, run: Run) -> Recording:
+def _recording(index: int, run: Run, grammar: Grammar | None) -> Recording:
     question, reference = run.job.question, run.reference
     assert reference is not None
     return Recording(
@@ -373,6 +390,7 @@ def _recording(index: int, run: Run) -> Recording:
         prompt=len(question.prompt),
         fingerprints=reference.fingerprints,
         params=question.sampling.kernel_params(),
+        masks=None if grammar is None else Masks(grammar, reference.tokens),
     )
 
 
@@ -423,15 +441,20 @@ def _deliver(run: Run) -> None:
             run.differs(at, f"log probabilities {expected[at]}", str(run.logprobs[at]))
 
 
-def _as_reference(run: Run) -> Reference:
+def _as_reference(run: Run, grammar: Grammar | None) -> Reference:
     if run.difference is not None or run.done is None:
         raise ValueError(f"reference: expected a run alone to end, got {run.difference}")
     question, done = run.job.question, run.done
     rows = [run.kept[i] for i in range(len(done.output_tokens))]
     params = question.sampling.kernel_params()
+    walk = None if grammar is None else grammar.walk()
     for i, (row, token, mark) in enumerate(zip(rows, done.output_tokens, done.fingerprints, strict=True)):
         history = sampler.History(prompt=question.prompt, output=done.output_tokens[:i])
-        if sampler.reference(sampler.adjust(row, params, history), params, len(question.prompt) + i) != token:
+        adjusted = sampler.adjust(row, params, history)
+        if walk is not None:  # here as no id at all; the engine has it as a bias
+            adjusted = torch.where(torch.from_numpy(unpacked(walk.mask, len(row))), adjusted, BARRED)
+            walk.step(token)
+        if sampler.reference(adjusted, params, len(question.prompt) + i) != token:
             raise ValueError(f"reference: question {question.number}: token {i} is not the one these logits give")
         if fingerprint.encode(fingerprint.reference(row.unsqueeze(0), row.shape[0])) != [mark]:
             raise ValueError(f"reference: question {question.number}: fingerprint {i} is not that of these logits")

@@ -1,7 +1,8 @@
 """What the sampler of a GPU keeps from step to step: counts of penalised sequences and biases, a row each.
 
-A row with a mask has its biases made anew for every draw: `grammar.BARRED` for each id that is barred. Kernels read and update the rows (gpu/sampler.py); here is who has which, and when one must be made anew: a sequence is
-new, or the device has counted another number of tokens than its next draw follows. Not here: what is done with them.
+Kernels read and update the rows (gpu/sampler.py); here is who has which, and when one must be made anew: a sequence is
+new, or the device has counted another number of tokens than its next draw follows. A row with a mask has its biases
+made anew for every draw: `grammar.BARRED` for each id that is barred. Not here: what is done with them.
 """
 
 from __future__ import annotations
