@@ -155,7 +155,7 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(strict: Proxy, appliance
         sock.close()
         wait_until(lambda: strict.app.serving.active == 0)
         wait_until(lambda: appliance.kinds().count(Kind.ABORT) == before + 1)
-        assert strict.status()["receipts"][0]["code"] == "proxy.client_gone"
+        assert strict.status()["receipts"][0]["state"] == "left"
     finally:
         appliance.engine.hold.clear()
 
@@ -171,7 +171,7 @@ def test_a_client_that_reads_nothing_is_dropped(appliance: Appliance) -> None:
         sock.sendall(head(proxy, f"content-length: {len(data)}") + data)
         wait_until(lambda: proxy.app.serving.active == 1)
         wait_until(lambda: proxy.app.serving.active == 0, 30)
-        assert proxy.status()["receipts"][0]["state"] == "ended"
+        assert proxy.status()["receipts"][0]["state"] == "left"
         sock.close()
 
 

@@ -152,4 +152,4 @@ def test_a_client_that_leaves_ends_the_answer(client: openai.OpenAI, served: Pro
     def state() -> object:
         return next((one for one in served.status()["receipts"] if one["receipt"] == receipt), {}).get("state")
 
-    wait_until(lambda: state() == "ended")
+    wait_until(lambda: state() == "left")

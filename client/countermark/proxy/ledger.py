@@ -27,7 +27,7 @@ _NAME: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8,64}" + re.escape(SUFF
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One request that a node committed to. `state`: verified, withheld, or ended (the client or the node left)."""
+    """One request that a node committed to. `state`: verified, withheld, ended (it came to no end), left (by the client)."""
 
     receipt: str
     at: float
@@ -53,7 +53,7 @@ class Ledger:
     """The latest entries and sums over all."""
 
     entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    sums: dict[str, int] = field(default_factory=lambda: {"verified": 0, "withheld": 0, "ended": 0, "refused": 0})
+    sums: dict[str, int] = field(default_factory=lambda: {"verified": 0, "withheld": 0, "ended": 0, "left": 0, "refused": 0})
 
     def add(self, entry: Entry) -> None:
         self.entries.appendleft(entry)

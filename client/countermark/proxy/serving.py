@@ -99,7 +99,7 @@ class Serving:
                 reply.add(running.headers())
                 await (self._stream if order.wanted.stream else self._whole)(running, reply)
             except (asyncio.CancelledError, ClientGone):
-                self._note(running, "ended", code="proxy.client_gone")
+                self._note(running, "left")
                 raise
             finally:
                 running.relay.cancel()
