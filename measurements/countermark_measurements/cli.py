@@ -19,14 +19,15 @@ from countermark.bundle import MAX_BUNDLE_BYTES
 from countermark.checks import rfc3339
 from countermark.errors import CountermarkError, MeasurementError, UsageError
 from countermark.files import read_file, write_file
+from countermark.formats.eventlog import event_type_name
 from countermark.formats.manifest import MAX_MANIFEST_BYTES, Manifest, Subject, encode_manifest, parse_envelope
 from countermark.log_cli import read_vkeys
 from countermark.logkeys import read_passphrase
 from countermark.numerics import CURRENT
 from countermark.policy import verify_signatures
 from countermark.tlog.cosignature import log_keys
-from countermark_measurements import corim, diff, explain, keys, manifest, publish, runtime, rvps
-from countermark_measurements.prediction import parse_json
+from countermark_measurements import corim, diff, explain, keys, manifest, predict, publish, runtime, rvps, shape
+from countermark_measurements.prediction import PLATFORMS, parse_json, to_json
 
 _PUBLIC = 0o644
 _EPILOG = """exit codes:
@@ -74,6 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     show = _command(actions, "show", _keys_show, "print what verifiers are given: signers and verifier keys")
     show.add_argument("dir", type=Path, metavar="DIR")
     _passphrase(show)
+
+    ahead = _command(commands, "predict", _predict, "say what an image measures to, before any machine boots it")
+    ahead.add_argument("--disk", type=Path, required=True, metavar="RAW", help="disk.raw of the image build")
+    ahead.add_argument("--firmware", type=Path, required=True, metavar="FD", help="the firmware, such as OVMF.fd")
+    ahead.add_argument(
+        "--shape", type=Path, action="append", required=True, metavar="TOML", help="a launch shape; may be repeated"
+    )
+    ahead.add_argument("--platform", choices=PLATFORMS, required=True)
+    ahead.add_argument("--out", type=Path, metavar="JSON", help="write the prediction, which `manifest` takes")
+    ahead.add_argument("--json", action="store_true", help="print it instead of the list for people")
 
     made = _command(commands, "manifest", _manifest, "sign the manifest of an image from its prediction")
     made.add_argument("--prediction", type=Path, required=True, metavar="JSON", help="of `countermark-measure predict`")
@@ -155,6 +166,25 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 def _passphrase(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help="the private keys are encrypted with it")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    found = predict.predict(args.disk, args.firmware, [shape.read_shape(path) for path in args.shape], args.platform)
+    data = to_json(found)
+    if args.out is not None:
+        write_file(args.out, data, mode=_PUBLIC)
+    if args.json:
+        print(data.decode())
+        return
+    for item in found.shapes:
+        print(f"{item.name}\n  mrtd   {item.mrtd.hex()}\n  rtmr0  {item.rtmr0.hex()}")
+    print(f"every shape\n  rtmr1  {found.rtmr1.hex()}\n  rtmr2  {found.rtmr2.hex()}")
+    for event in found.events:
+        kind = f"{event_type_name(event.event_type):<34}{event.source:<10}"
+        where = f" [{event.shape}]" if event.shape else ""
+        print(f"rtmr{event.register - 1}  {event.digest.hex()[:16]}  {kind}{terminal.printable(event.note)}{where}")
+    if args.out is not None:
+        terminal.note(f"{args.out}: {len(found.shapes)} shape(s), {len(found.events)} events")
 
 
 def _keys_new(args: argparse.Namespace) -> None:

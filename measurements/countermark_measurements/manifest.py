@@ -1,15 +1,15 @@
 """From a prediction and an image's description to a signed measurement manifest.
 
-The image's description is `image.json`, which the image build writes: {"kind", "variant", "image_id", "subjects":
-{file: SHA-256}, ...}; what else it says (package locks, sizes, times) is bound by being a subject itself. The
-prediction must be of this very disk. What a manifest is, and that it does not contradict itself, is `formats.manifest`.
+The image's description is `image.json`, which the image build writes. Read of it: "kind", "variant", "image_id",
+"subjects" (the artefacts) and, as what they were built from, "lock_sha256" and "files_sha256". Sizes and times are left
+out: who builds the image again gets the same subjects. The prediction must be of this very disk. What a manifest is,
+and that it does not contradict itself, is `formats.manifest`.
 
 Not checked here: that the registers are right; the boot test compares them with a machine's.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,13 +33,13 @@ _PLATFORMS: Final = {"production": "tdx", "test": "vtpm"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageDescription:
-    """What we read of `image.json`. `digest`: SHA-256 of the file itself."""
+    """What we read of `image.json`. `sources`: the locks and the list of files it was built from."""
 
     kind: ImageKind
     variant: str
     image_id: bytes  # 32: the root filesystem's dm-verity root
     subjects: tuple[Subject, ...]
-    digest: bytes
+    sources: tuple[Subject, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,11 @@ def parse_image(data: bytes) -> ImageDescription:
     subjects = value.get("subjects")
     if not isinstance(subjects, dict) or DISK not in subjects:
         raise FormatError(f"image.subjects: expected an object with {DISK}", code="image.members")
+    sources = value.get("lock_sha256", {})
+    if not isinstance(sources, dict):
+        raise FormatError("image.lock_sha256: expected an object", code="image.members")
+    if "files_sha256" in value:
+        sources = {**sources, "files.txt": value["files_sha256"]}
     kinds = {kind.value: kind for kind in (ImageKind.PRODUCTION, ImageKind.TEST, ImageKind.DEVELOPMENT)}
     if value.get("kind") not in kinds or not isinstance(value.get("variant"), str):
         raise FormatError(f"image.kind: expected {', '.join(kinds)} and a variant", code="image.members")
@@ -69,8 +74,8 @@ def parse_image(data: bytes) -> ImageDescription:
         kind=kinds[value["kind"]],
         variant=value["variant"],
         image_id=_digest(value.get("image_id"), "image_id"),
-        subjects=tuple(Subject(name=name, sha256=_digest(item, name)) for name, item in sorted(subjects.items())),
-        digest=hashlib.sha256(data).digest(),
+        subjects=_subjects(subjects),
+        sources=_subjects(sources),
     )
 
 
@@ -116,7 +121,7 @@ def build(
         subjects=(
             *image.subjects,
             *inputs,
-            Subject(name="image.json", sha256=image.digest),
+            *image.sources,
             *(Subject(name=f"{WEIGHTS}{item.name}", sha256=item.sha256) for item in weights),
         ),
         kind=image.kind,
@@ -139,6 +144,10 @@ def build(
     )
     check_manifest(manifest)
     return manifest
+
+
+def _subjects(value: dict[str, Any]) -> tuple[Subject, ...]:
+    return tuple(Subject(name=name, sha256=_digest(item, name)) for name, item in sorted(value.items()))
 
 
 def _digest(value: Any, name: str) -> bytes:

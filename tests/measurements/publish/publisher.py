@@ -95,7 +95,8 @@ def image_json(build: str = "one", kind: ImageKind = ImageKind.PRODUCTION) -> by
         "cmdline": "roothash=...",
         "subjects": {"disk.raw": sha256(build).hex(), "uki.efi": sha256(f"uki {build}").hex()},
         "sizes": {"disk.raw": 100_000_000},
-        "lock_sha256": sha256("lock").hex(),
+        "lock_sha256": {"debian.lock": sha256("lock").hex()},
+        "files_sha256": sha256(f"files {build}").hex(),
     }
     return json.dumps(value, indent=2).encode()
 
