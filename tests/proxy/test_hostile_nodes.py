@@ -202,7 +202,7 @@ def test_another_boot_under_another_key_is_appraised_anew(
         (node,) = proxy.status()["nodes"]
         assert (node["state"], node["key_changes"], node["appraisals"]) == ("verified", 1, 2)
         assert node["verdict"]["boot_id"] == rebooted.machine.recorder.epoch.boot_id.hex()
-        assert "node.key_changed" in proxy.log.getvalue()
+        assert "node_key_changed" in proxy.log.getvalue()
         assert rebooted.kinds()[1] is Kind.INTENT
 
 

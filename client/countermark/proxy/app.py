@@ -118,7 +118,7 @@ class App:
     async def refuse(self, err: BaseException, request: Request | None, reply: Reply) -> None:
         """See `http.Handler`."""
         if not isinstance(err, CountermarkError):  # its text may hold anything
-            self._journal.note("proxy.error", code=type(err).__name__, where=_where(err))
+            self._journal.note("proxy_error", code=type(err).__name__, where=_where(err))
             err = Unavailable("proxy: an error of its own; its log names the place", code="proxy.error")
         if reply.status:
             await reply.cut()

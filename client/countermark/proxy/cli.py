@@ -143,7 +143,7 @@ async def serve(
     server = Server(app, settings.http_limits)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, what: journal.note("proxy.error", code=type(what.get("exception")).__name__))
+    loop.set_exception_handler(lambda _, what: journal.note("proxy_error", code=type(what.get("exception")).__name__))
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stop.set)

@@ -53,7 +53,9 @@ class Ledger:
     """The latest entries and sums over all."""
 
     entries: deque[Entry] = field(default_factory=lambda: deque(maxlen=_KEPT))
-    sums: dict[str, int] = field(default_factory=lambda: {"verified": 0, "withheld": 0, "ended": 0, "left": 0, "refused": 0})
+    sums: dict[str, int] = field(
+        default_factory=lambda: {"verified": 0, "withheld": 0, "ended": 0, "left": 0, "refused": 0}
+    )
 
     def add(self, entry: Entry) -> None:
         self.entries.appendleft(entry)

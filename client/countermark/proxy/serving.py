@@ -219,7 +219,7 @@ class Serving:
                 said["bundle"] = bundle
             except CountermarkError as err:  # the answer is verified all the same
                 said |= {"bundle": None, "bundle_error": err.code}
-                self.journal.note("bundle.failed", code=err.code, receipt=running.receipt)
+                self.journal.note("bundle_failed", code=err.code, receipt=running.receipt)
         running.node.counts.answers += 1
         outcome = receipt.outcome
         self._note(
@@ -270,7 +270,7 @@ class Serving:
         )
         self.ledger.add(entry)
         self.journal.note(
-            f"answer.{state}",
+            f"answer_{state}",
             route=entry.route,
             node=entry.node,
             receipt=entry.receipt,

@@ -199,10 +199,10 @@ class Node:
         key = verdict.claims.tls_spki
         if self._key is not None and key != self._key:
             self.counts.key_changes += 1
-            self._journal.note("node.key_changed", node=self.address, tls_key=key.hex(), boot=verdict.boot_id.hex())
+            self._journal.note("node_key_changed", node=self.address, tls_key=key.hex(), boot=verdict.boot_id.hex())
         self._key = key
         self._links.insert(0, Link(session=session, made=time.monotonic()))
-        self._journal.note("node.verified", node=self.address, boot=verdict.boot_id.hex(), simulated=verdict.simulated)
+        self._journal.note("node_verified", node=self.address, boot=verdict.boot_id.hex(), simulated=verdict.simulated)
 
     def _refuse(self, err: CountermarkError) -> None:
         """No new prompts where anything but the network failed; old connections serve on where it did."""
@@ -220,7 +220,7 @@ class Node:
         self.seen = Seen(
             state=State.UNAVAILABLE if away else State.REFUSED, at=time.time(), checks=err.checks, error=err
         )
-        self._journal.note("node.refused", node=self.address, code=err.code, step=err.step)
+        self._journal.note("node_refused", node=self.address, code=err.code, step=err.step)
         self._prune()
 
     def _prune(self) -> None:
