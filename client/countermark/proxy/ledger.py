@@ -27,7 +27,7 @@ _NAME: Final = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{8,64}" + re.escape(SUFF
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One request that a node committed to. `state`: verified, withheld, ended (it came to no end), left (by the client)."""
+    """One request that a node committed to. `state`: verified, withheld, ended (not finished), left (by the client)."""
 
     receipt: str
     at: float
