@@ -30,7 +30,8 @@ from countermark_appliance.platform.sysfs import Sysfs
 
 WORDS: Final = "usr/lib/countermark/cmdline"
 BOOT_CONFIG: Final = "proc/bootconfig"
-CREDENTIALS: Final = ("run/credentials/@system", "run/credentials/@encrypted", "run/credentials/@initrd")
+# systemd hides /run/credentials from a service without credentials of its own, so the unit binds it here.
+CREDENTIALS: Final = tuple(f"run/host-credentials/@{name}" for name in ("system", "encrypted", "initrd"))
 OEM_STRINGS: Final = "sys/firmware/dmi/tables/DMI"
 EFI_VARIABLES: Final = "sys/firmware/efi/efivars"
 EFI_OPTIONS: Final = "SystemdOptions-8cf2644b-4b0b-428f-9387-6d876050dc67"
