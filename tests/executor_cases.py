@@ -11,10 +11,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from countermark_appliance.engine.executor import HostExecutor
+from countermark_appliance.engine.grammar import BARRED, Mask, unpacked
 from countermark_appliance.engine.model import Chunk, Model
 from countermark_appliance.engine.step import Drawn, Executor, Part, Row, Ticket
 from countermark_kernels import fingerprint, ieee, sampler
@@ -44,6 +46,7 @@ class Answer:
     keyed: bool = True
     chunk: int = 1 << 20
     begin: int = 0
+    masked: bool = False
     tokens: list[int] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
@@ -65,12 +68,25 @@ def answers(count: int, vocab: int, *, longest: int, length: int, seed: int = 1)
             keyed=i % 3 != 2,
             chunk=rng.choice((3, longest)),
             begin=rng.randint(0, count // 2),
+            masked=i % 3 == 1,
         )
         for i in range(count)
     ]
 
 
-def run(executor: Executor, pool: Pool, asked: Sequence[Answer], seen: list[Tensor], *, seed: int = 1) -> None:
+def mask(answer: Answer, length: int, vocab: int) -> Mask | None:
+    """Some ids, others at each position; a single one at some."""
+    if not answer.masked:
+        return None
+    rng = random.Random(f"{answer.prompt} {length}")
+    bits = np.zeros((vocab + 31) // 32 * 32, dtype=np.bool_)
+    bits[rng.sample(range(vocab), rng.choice((1, 2, vocab // 3, vocab - 1)))] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def run(
+    executor: Executor, pool: Pool, asked: Sequence[Answer], seen: list[Tensor], *, vocab: int, seed: int = 1
+) -> None:
     """Fill in what the executor draws. `seen`: a list that the executor's `observe` appends its logits to."""
     blocks = list(range(1, pool.blocks))
     random.Random(seed).shuffle(blocks)
@@ -96,6 +112,7 @@ def run(executor: Executor, pool: Pool, asked: Sequence[Answer], seen: list[Tens
                 row = Row(
                     params=answer.params, tokens=known, prompt=len(answer.prompt), length=answer.computed + count,
                     logprobs=answer.logprobs, key=id(answer) if answer.keyed else None,
+                    mask=mask(answer, answer.computed + count, vocab),
                 )  # fmt: skip
                 drawing.append(answer)
             parts.append(Part(cache=answer.cache, start=answer.computed, tokens=tokens, carried=carried, row=row))
@@ -139,6 +156,9 @@ def alone(model: Model, answer: Answer) -> tuple[list[int], list[bytes], Tensor]
         logits = model.forward([Chunk(cache=cache, start=0, tokens=tokens, logits=1)])
         history = History(prompt=answer.prompt, output=tokens[len(answer.prompt) :])
         adjusted = sampler.adjust(logits[0], answer.params, history)
+        allowed = mask(answer, len(tokens), len(adjusted))
+        if allowed is not None:
+            adjusted = torch.where(torch.from_numpy(unpacked(allowed, len(adjusted))), adjusted, BARRED)
         ids.append(sampler.reference(adjusted, answer.params, len(tokens)))
         marks += fingerprint.encode(fingerprint.reference(logits, logits.shape[1]))
         rows.append(logits)
@@ -168,7 +188,7 @@ def on_the_host(model: Model, asked: Sequence[Answer]) -> None:
     """`run` through the plain executor."""
     seen: list[Tensor] = []
     executor = HostExecutor(model, observe=lambda _, logits: seen.append(logits.clone()))
-    run(executor, model.pool, asked, seen)
+    run(executor, model.pool, asked, seen, vocab=model.vocab)
 
 
 def same(one: Answer, other: Answer) -> None:
