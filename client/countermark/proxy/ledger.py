@@ -6,6 +6,7 @@ hold everything, so their folder is its owner's alone; the oldest are removed wh
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -116,12 +117,11 @@ class Keeper:
     def _files(self) -> list[tuple[Path, int]]:
         """Ours, oldest first; other files in the folder are not touched."""
         found = []
-        for path in sorted(self._bundles.folder.iterdir()):
-            if _NAME.fullmatch(path.name):
-                try:
-                    found.append((path, path.stat().st_size))
-                except FileNotFoundError:
-                    continue
+        with contextlib.suppress(OSError):  # the folder was taken away: saving says so
+            for path in sorted(self._bundles.folder.iterdir()):
+                if _NAME.fullmatch(path.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((path, path.stat().st_size))
         return found
 
     def _rotate(self, newest: str) -> None:
