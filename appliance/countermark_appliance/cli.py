@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import os
 import re
 import sys
@@ -27,6 +26,7 @@ from rich.text import Text
 from countermark import logkeys
 from countermark.errors import CountermarkError, UsageError, VerificationError
 from countermark.files import write_file
+from countermark_appliance.operations import logs, quotas
 
 if TYPE_CHECKING:
     from countermark_appliance.engine.determinism import Case
@@ -45,11 +45,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logs.configure("text", verbose=args.verbose)
     try:
         result = args.run(args)
     except CountermarkError as err:
@@ -71,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="boot and serve until SIGTERM; prints one JSON line when it listens")
     serve.add_argument("--config", type=Path, required=True, help="the node's TOML file; its bytes are measured")
     serve.set_defaults(run=_serve)
+
+    key = commands.add_parser("key", help="keys for clients").add_subparsers(required=True, metavar="ACTION")
+    made = key.add_parser("new", help="print a key for a client, and on stderr the lines of node.toml that admit it")
+    made.add_argument("--name", required=True, help="who it is for, such as team-a")
+    made.set_defaults(run=_key_new)
 
     weights = commands.add_parser("weights", help="build or verify a weights artefact").add_subparsers(
         required=True, metavar="ACTION"
@@ -130,6 +131,15 @@ def _serve(args: argparse.Namespace) -> None:
     from countermark_appliance import main as appliance  # noqa: PLC0415  torch loads for commands that need it only
 
     appliance.serve(args.config, ready=lambda facts: print(json.dumps(facts), flush=True))
+
+
+def _key_new(args: argparse.Namespace) -> dict[str, str]:
+    key, digest = quotas.new_key()
+    table = {"name": args.name, "sha256": digest.hex()}
+    quotas.parse_keys([table])
+    limits = "\n".join(f"# {name} =" for name in quotas.LIMITS)
+    _ERR.print(f'[[key]]\nname = "{args.name}"\nsha256 = "{digest.hex()}"\n{limits}', markup=False)
+    return {"key": key, **table}
 
 
 def _weights_build(args: argparse.Namespace) -> dict[str, object]:

@@ -18,6 +18,8 @@ from typing import Any
 from countermark.errors import ConfigError, UsageError
 from countermark.fetch.https import Service
 from countermark.formats.schema import MAX_TEXT
+from countermark_appliance.operations import logs
+from countermark_appliance.operations.quotas import Key, parse_keys
 
 MAX_BYTES = 64 * 1024
 DEVICES = ("cpu", "cuda")
@@ -53,6 +55,10 @@ class Config:
     max_waiting: int
     deployer_id: str | None
     retention_until: str | None
+    telemetry_metrics: tuple[str, int] | None  # where Prometheus may scrape, over plain HTTP
+    telemetry_otlp_url: str | None  # an OpenTelemetry collector, OTLP over gRPC
+    telemetry_logs: str  # text | json
+    keys: tuple[Key, ...]  # who may ask; none: everybody
 
 
 # table -> key -> (types, default); a default of ... means the key is required
@@ -65,7 +71,9 @@ _SCHEMA: dict[str, dict[str, tuple[type, Any]]] = {
     "anchors": {"tsa_url": (str, None), "ots_calendars": (str, None), "every_s": (int, 3600)},
     "engine": {"threads": (int, 0), "device": (str, "cpu"), "max_sequences": (int, 16), "max_waiting": (int, 64)},
     "record": {"deployer_id": (str, None), "retention_until": (str, None)},
+    "telemetry": {"metrics": (str, None), "otlp_url": (str, None), "logs": (str, "text")},
 }
+_KEYS = "key"  # [[key]]: `operations.quotas`
 _KINDS = {str: "a string", int: "an integer"}
 _BOUNDS = {
     "anchors.every_s": (60, 604_800),
@@ -93,6 +101,7 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         document = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as err:  # ValueError: bad TOML, bad UTF-8, an integer of 5000 digits
         raise ConfigError(f"config: expected TOML: {err}", code="config.malformed") from err
+    keys = parse_keys(document.pop(_KEYS, []))
     values = _flatten(document)
     host, port = parse_address(values["listen"], name="node.listen")
     if not _OPERATOR.fullmatch(values["operator"]):
@@ -113,10 +122,17 @@ def parse_config(data: bytes, *, base: Path) -> Config:
     if values["pccs_url"] is not None and not _URL.fullmatch(values["pccs_url"]):
         message = f"endorsements.pccs_url: expected an http or https URL, got {values['pccs_url']!r:.70}"
         raise ConfigError(message, code="config.value")
+    if values["otlp_url"] is not None and not _URL.fullmatch(values["otlp_url"]):
+        message = f"telemetry.otlp_url: expected an http or https URL, got {values['otlp_url']!r:.70}"
+        raise ConfigError(message, code="config.value")
+    if values["logs"] not in logs.FORMS:
+        message = f"telemetry.logs: expected {' or '.join(logs.FORMS)}, got {values['logs']!r:.70}"
+        raise ConfigError(message, code="config.value")
     for name, (low, high) in _BOUNDS.items():
         value = values[name.partition(".")[2]]
         if not low <= value <= high:
             raise ConfigError(f"{name}: expected {low} to {high}, got {value}", code="config.value")
+    metrics = values["metrics"]
     authorities = _services("anchors.tsa_url", values["tsa_url"], most=1)
     return Config(
         digest=hashlib.sha256(data).digest(),
@@ -142,6 +158,10 @@ def parse_config(data: bytes, *, base: Path) -> Config:
         max_waiting=values["max_waiting"],
         deployer_id=values["deployer_id"],
         retention_until=values["retention_until"],
+        telemetry_metrics=None if metrics is None else parse_address(metrics, name="telemetry.metrics"),
+        telemetry_otlp_url=values["otlp_url"],
+        telemetry_logs=values["logs"],
+        keys=keys,
     )
 
 
@@ -177,7 +197,7 @@ def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
     """Check every table and key against the schema; `dir` stands in several, so it keeps its table's name."""
     values: dict[str, Any] = {}
     for table in sorted(document.keys() - _SCHEMA.keys()):
-        raise _unknown("a table", _SCHEMA, table)
+        raise _unknown("a table", [*_SCHEMA, _KEYS], table)
     for table, keys in _SCHEMA.items():
         given = document.get(table, {})
         if not isinstance(given, dict):

@@ -37,6 +37,10 @@ _BY_CODE: Final = {
     "engine.busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "service.busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "attest.rate": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "quota.rate": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "quota.tokens": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "quota.concurrent": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "access.key": grpc.StatusCode.UNAUTHENTICATED,
     "log.full": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "log.range": grpc.StatusCode.OUT_OF_RANGE,
     "generation.cancelled": grpc.StatusCode.CANCELLED,
@@ -121,6 +125,11 @@ def status_of(err: CountermarkError) -> grpc.StatusCode:
     return _BY_CODE.get(err.code, by_class)
 
 
+def code_of(err: Exception) -> str:
+    """The code that a client is told."""
+    return err.code if isinstance(err, CountermarkError) else "server.internal"
+
+
 def _arity(streaming: bool) -> str:
     return "stream" if streaming else "unary"
 
@@ -130,7 +139,7 @@ async def _abort(context: Context, err: Exception) -> NoReturn:
         raise err  # a handler's own, such as NOT_FOUND of the health service
     if not isinstance(err, CountermarkError):
         _log.error("call: unexpected %s", describe(err))
-        err = Unavailable("server: internal error", code="server.internal")
+        err = Unavailable("server: internal error", code=code_of(err))
     trailing = [(codec.CODE_KEY, err.code)]
     advised_s = err.retry_after_s if isinstance(err, Unavailable) else None
     wait_ms = _RETRY_MS.get(err.code) if advised_s is None else round(1000 * advised_s)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 from countermark.errors import CountermarkError, RequestError, Unavailable
@@ -42,6 +42,7 @@ from countermark_appliance.engine.request import (
     TokensEvent,
 )
 from countermark_appliance.faults import describe
+from countermark_appliance.operations.observing import Ended, Watcher, Watchers
 from countermark_appliance.records.recorder import Committed, Completed
 
 COALESCE_S: Final = 0.02
@@ -114,6 +115,7 @@ class Order:
     request: pb.GenerateRequest
     attested: Attested
     deadline: float | None  # of time.monotonic()
+    watcher: Watcher = field(default_factory=Watchers)
 
 
 class Generation:
@@ -139,6 +141,10 @@ class Generation:
         self._tokens_sent = 0
         self._handle: Handle | None = None
         self._abandoned: Finish | None = None
+        self._began, self._began_at = time.monotonic(), time.time()
+        self._accepted_s: float | None = None
+        self._prompt_tokens = 0
+        self._failure: CountermarkError | None = None
 
     def abandon(self, reason: Finish = Finish.CANCELLED) -> None:
         """The client is gone, or out of time: stop computing. No effect on a request that has ended."""
@@ -149,6 +155,12 @@ class Generation:
 
     async def run(self) -> None:
         """The life; never raises for what went wrong with the request: `messages` does."""
+        try:
+            await self._placed()
+        finally:
+            self._order.watcher.ended(self._ended())
+
+    async def _placed(self) -> None:
         try:
             place = self._engine.reserve(self._scope)
         except CountermarkError as err:
@@ -171,6 +183,8 @@ class Generation:
             if self._abandoned is not None:
                 raise ended(self._abandoned)
             committed = await self._blocking(lambda: self._commit_intent(prepared))
+            self._prompt_tokens, self._accepted_s = len(prepared.prompt_tokens), time.monotonic() - self._began
+            self._order.watcher.accepted()
         except Exception as err:  # noqa: BLE001  the stream must get its end, whatever happened
             self._fail(err)
             return
@@ -322,10 +336,25 @@ class Generation:
             # Type and place only: the message of a stray exception may quote what it choked on.
             _log.error("generation: unexpected %s", describe(err))
             err = Unavailable("server: internal error", code="server.internal")
+        self._failure = err
         for future in (self._accepted, self._last):
             if not future.done():
                 future.set_exception(err)
         self._arrived.set()
+
+    def _ended(self) -> Ended:
+        done = self._done.result() if self._done.done() and not self._done.cancelled() else None
+        first = None if done is None else done.first_token_time
+        return Ended(
+            code="" if self._failure is None else self._failure.code,
+            finish="" if done is None else done.reason.value,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=0 if done is None else len(done.output_tokens),
+            cached_tokens=0 if done is None else done.cached_tokens,
+            accepted_s=self._accepted_s,
+            first_token_s=None if first is None else max(0.0, first - self._began_at),
+            total_s=time.monotonic() - self._began,
+        )
 
     async def _blocking(self, call: Callable[[], T]) -> T:
         return await self._loop.run_in_executor(self._executor, call)

@@ -16,7 +16,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from countermark_appliance.connections import Connections
 from countermark_appliance.engine import weights
 from countermark_appliance.engine.engine import Engine, EngineInfo
 from countermark_appliance.frontend import FrontEnd, forbid_core_dumps
+from countermark_appliance.operations import logs
+from countermark_appliance.operations.quotas import Quotas
+from countermark_appliance.operations.watching import Operations
 from countermark_appliance.platform.attester import Attester, LogHead, boot_values, extend_boot, extend_ready
 from countermark_appliance.platform.base import Platform, open_platform
 from countermark_appliance.platform.keyring import Keyring
@@ -64,6 +68,7 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     config = load_config(config_path)
+    logs.reform(config.telemetry_logs)
     platform = open_platform(config)
     if platform.name.simulated:
         _log.warning("platform %s: SIMULATED, no confidential hardware", platform.name.value)
@@ -90,7 +95,8 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
         on_failure=stop.set,
     )
     _log.info("engine: %s, profile %s, backend %s", engine.info.model, engine.info.profile, engine.info.backend)
-    try:
+    with ExitStack() as opened:  # what was opened last closes first
+        opened.callback(engine.close)
         extend_ready(platform, boot)
         attester = Attester(platform, keyring, boot)
         empty = LogHead(origin=log_origin(config.operator, keyring.boot_id), size=0, root=EMPTY_ROOT)
@@ -105,63 +111,86 @@ def serve(config_path: Path, *, ready: Callable[[dict[str, Any]], None]) -> None
             retention_until=config.retention_until,
             operator_dir=config.log_operator_dir,
         )
-        try:
-            limits = _limits(config, simulated=platform.name.simulated)
-            service, connections = _service(limits, attester, passport, engine, recorder)
-            facts = {
-                "simulated": platform.name.simulated,
-                "model": engine.info.model,
-                "profile": engine.info.profile,
-                "backend": engine.info.backend,
-                "image_id": platform.image_id.hex(),
-                "weights_root": config.weights_root.hex(),
-                "boot_id": keyring.boot_id.hex(),
-            }
-            certificate = keyring.tls_certificate(
-                attester.passport(parse_evidence(passport)),
-                now=int(time.time()),
-                valid_s=CERTIFICATE_VALID_S,
-                simulated=platform.name.simulated,
-            )
-            front_end = FrontEnd.start(
-                host=config.listen_host,
-                port=config.listen_port,
-                private_key=keyring.tls.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
-                certificate=certificate,
-                upstream_port=service.start(),
-                connections=connections,
-                on_exit=stop.set,
-            )
-            watch = Watch(platform, on_change=stop.set)
-            anchors = _anchors(config, recorder)
-            try:
-                watch.start()
-                anchors.start()
-                service.set_serving()
-                ready({"listening": format_address(config.listen_host, front_end.port), **facts})
-                stop.wait()
-                if watch.found is not None:
-                    service.stop(grace_s=0.0)  # nothing is finished on a machine that is not the one measured
-                    raise watch.found
-                if not front_end.is_alive():
-                    raise Unavailable("front end: the process ended", code="frontend.exit")
-                _log.info("stopping: no new requests; those that run may finish")
-                front_end.drain()
-                service.stop()
-                if engine.failed:
-                    raise Unavailable("engine: its thread ended by a fault", code="engine.failed")
-            finally:
-                anchors.close()
-                watch.close()
-                front_end.close()
-        finally:
-            recorder.close()
-    finally:
-        engine.close()
+        opened.callback(recorder.close)
+        facts = {
+            "simulated": platform.name.simulated,
+            "model": engine.info.model,
+            "profile": engine.info.profile,
+            "backend": engine.info.backend,
+            "image_id": platform.image_id.hex(),
+            "weights_root": config.weights_root.hex(),
+            "boot_id": keyring.boot_id.hex(),
+        }
+        limits = _limits(config, simulated=platform.name.simulated)
+        operations = opened.enter_context(_operations(config, facts, recorder))
+        service, connections = _service(limits, attester, passport, engine, recorder, operations)
+        certificate = keyring.tls_certificate(
+            attester.passport(parse_evidence(passport)),
+            now=int(time.time()),
+            valid_s=CERTIFICATE_VALID_S,
+            simulated=platform.name.simulated,
+        )
+        front_end = FrontEnd.start(
+            host=config.listen_host,
+            port=config.listen_port,
+            private_key=keyring.tls.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+            certificate=certificate,
+            upstream_port=service.start(),
+            connections=connections,
+            on_exit=stop.set,
+        )
+        opened.callback(front_end.close)
+        watch = Watch(platform, on_change=stop.set)
+        opened.callback(watch.close)
+        watch.start()
+        anchors = _anchors(config, recorder)
+        opened.callback(anchors.close)
+        anchors.start()
+        service.set_serving()
+        ready({"listening": format_address(config.listen_host, front_end.port), **facts})
+        stop.wait()
+        if watch.found is not None:
+            service.stop(grace_s=0.0)  # nothing is finished on a machine that is not the one measured
+            raise watch.found
+        if not front_end.is_alive():
+            raise Unavailable("front end: the process ended", code="frontend.exit")
+        _log.info("stopping: no new requests; those that run may finish")
+        front_end.drain()
+        service.stop()
+        if engine.failed:
+            raise Unavailable("engine: its thread ended by a fault", code="engine.failed")
+
+
+@contextmanager
+def _operations(config: Config, facts: Mapping[str, object], recorder: Recorder) -> Iterator[Operations]:
+    """What the configuration asks for, and nothing of it loaded otherwise."""
+    with ExitStack() as opened:
+        named = {name: str(value) for name, value in facts.items()}
+        metrics, traces = None, None
+        if config.telemetry_metrics is not None:
+            from countermark_appliance.operations.metrics import Metrics, MetricsPort  # noqa: PLC0415
+
+            metrics = Metrics()
+            metrics.describe(named)
+            metrics.gauge("countermark_log_leaves", "Records of this boot", lambda: float(recorder.head()[0]))
+            port = MetricsPort.open(metrics, *config.telemetry_metrics)
+            opened.callback(port.close)
+            _log.info("metrics: http://%s/metrics", format_address(config.telemetry_metrics[0], port.port))
+        if config.telemetry_otlp_url is not None:
+            from countermark_appliance.operations.traces import Traces  # noqa: PLC0415
+
+            traces = Traces.to(config.telemetry_otlp_url, named)
+            opened.callback(traces.close)
+        yield Operations(quotas=Quotas(config.keys), metrics=metrics, traces=traces)
 
 
 def _service(
-    limits: ServiceLimits, attester: Attester, passport: bytes, engine: Engine, recorder: Recorder
+    limits: ServiceLimits,
+    attester: Attester,
+    passport: bytes,
+    engine: Engine,
+    recorder: Recorder,
+    operations: Operations,
 ) -> tuple[Service, Connections]:
     connections = Connections()
     service = Service(
@@ -171,6 +200,7 @@ def _service(
         connections=connections,
         passport=passport,
         limits=limits,
+        operations=operations,
     )
     return service, connections
 

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Final, Protocol, TypeVar
 
@@ -31,7 +31,10 @@ from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance.connections import Attested
 from countermark_appliance.engine.request import DoneEvent, Event, Finish, Handle, Place, Prepared, TokensEvent
 from countermark_appliance.engine.sampling import MAX_LOGPROBS
+from countermark_appliance.gate import code_of
 from countermark_appliance.generation import Engine, ended, engine_request
+from countermark_appliance.operations.observing import Watcher, Watchers
+from countermark_appliance.operations.watching import nothing_done
 
 MODE: Final = "regenerate"
 _SCOPE_BYTES: Final = 32
@@ -66,6 +69,7 @@ class ReplayOrder:
     request: pb.ReplayRequest
     attested: Attested
     deadline: float | None  # of time.monotonic()
+    watcher: Watcher = field(default_factory=Watchers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,7 @@ class Replaying:
         self._abandoned: Finish | None = None
         self._expected: tuple[int, ...] = ()
         self._seen = 0
+        self._tokens = 0, 0  # of prompt and answer, once they are known to be ours
         self._over = False  # the first difference was seen: nothing behind it is wanted
         self._gap: float | None = None
 
@@ -110,11 +115,32 @@ class Replaying:
         `replay.profile`, `replay.weights_root`, `replay.grammar`), `WeightsError` (`replay.artefact`), `RequestError`
         (the recorded request cannot be served here), `Unavailable` (`engine.busy`, `generation.*`, `log.*`).
         """
+        code, began = "generation.cancelled", time.monotonic()
+        try:
+            receipt = await self._placed()
+            code = ""
+            return receipt
+        except Exception as err:
+            code = code_of(err)
+            raise
+        finally:
+            self._order.watcher.ended(
+                replace(
+                    nothing_done(code),
+                    finish="" if code else "replay",
+                    prompt_tokens=self._tokens[0],
+                    output_tokens=self._tokens[1],
+                    total_s=time.monotonic() - began,
+                )
+            )
+
+    async def _placed(self) -> bytes:
         place = self._engine.reserve(self._order.attested.quote_digest)
         try:
             recorded = await self._blocking(lambda: parse_recorded(self._order.request))
             _require_same_weights(recorded.intent.stack, self._recorder.epoch.stack)
             prepared = await self._blocking(lambda: self._prepare(recorded))
+            self._tokens = len(prepared.prompt_tokens), len(recorded.answer.tokens)
             started_us = time.time_ns() // 1000
             divergence = _prompt(recorded, prepared)
             if divergence is None:

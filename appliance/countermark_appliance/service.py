@@ -36,8 +36,10 @@ from countermark.wire import countermark_v1_pb2 as pb
 from countermark_appliance import generation, replaying
 from countermark_appliance.connections import Attested, Connection, Connections
 from countermark_appliance.engine.request import Finish
-from countermark_appliance.gate import Context, Gate
+from countermark_appliance.gate import Context, Gate, code_of
 from countermark_appliance.generation import Engine, Generation, Order
+from countermark_appliance.operations.quotas import metadata_of
+from countermark_appliance.operations.watching import Operations
 from countermark_appliance.platform.attester import LogHead
 from countermark_appliance.replaying import Replaying, ReplayOrder
 
@@ -107,8 +109,10 @@ class Service:
         connections: Connections,
         passport: bytes,
         limits: ServiceLimits | None = None,
+        operations: Operations | None = None,
     ) -> None:
         """`passport`: encoded evidence for purpose passport, what GetEvidence answers."""
+        self._operations = operations or Operations()
         self._attester = attester
         self._recorder = recorder
         self._engine = engine
@@ -208,6 +212,15 @@ class Service:
         )
 
     async def _attest(self, data: bytes, context: Context) -> bytes:
+        try:
+            given = await self._given(data, context)
+        except Exception as err:
+            self._operations.attested(code_of(err))
+            raise
+        self._operations.attested("")
+        return given
+
+    async def _given(self, data: bytes, context: Context) -> bytes:
         nonce = codec.check_nonce(codec.parse_message(pb.AttestRequest, data).nonce)
         connection = self._connections.of(context.peer())
         self._refuse_if_stopping()
@@ -237,12 +250,17 @@ class Service:
         return pb.GetEvidenceResponse(evidence=self._passport).SerializeToString()
 
     async def _generate(self, data: bytes, context: Context) -> AsyncIterator[bytes]:
-        attested = self._attested(context)
-        request = codec.parse_generate_request(data)
-        self._refuse_if_busy()
+        try:
+            attested = self._attested(context)
+            request = codec.parse_generate_request(data)
+            self._refuse_if_busy()
+            watcher = self._operations.admit("generate", metadata_of(context.invocation_metadata() or ()))
+        except Exception as err:
+            self._operations.refused(code_of(err))
+            raise
         deadline = _deadline(context)
         one = Generation(
-            Order(raw=data, request=request, attested=attested, deadline=deadline),
+            Order(raw=data, request=request, attested=attested, deadline=deadline, watcher=watcher),
             engine=self._engine,
             recorder=self._recorder,
             executor=self._blocking,
@@ -257,12 +275,17 @@ class Service:
             one.abandon(_reason(deadline))
 
     async def _replay(self, data: bytes, context: Context) -> bytes:
-        attested = self._attested(context)
-        request = codec.parse_replay_request(data)
-        self._refuse_if_busy()
+        try:
+            attested = self._attested(context)
+            request = codec.parse_replay_request(data)
+            self._refuse_if_busy()
+            watcher = self._operations.admit("replay", metadata_of(context.invocation_metadata() or ()))
+        except Exception as err:
+            self._operations.refused(code_of(err))
+            raise
         deadline = _deadline(context)
         one = Replaying(
-            ReplayOrder(request=request, attested=attested, deadline=deadline),
+            ReplayOrder(request=request, attested=attested, deadline=deadline, watcher=watcher),
             engine=self._engine,
             recorder=self._recorder,
             executor=self._blocking,

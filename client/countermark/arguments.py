@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from datetime import datetime
+from pathlib import Path
 from typing import Final
 
+from countermark.errors import UsageError
+from countermark.files import read_file
+
 _TIMES: Final = "expected a time such as 2026-01-31T12:00:00Z, Unix seconds, or 'now'"
+_MAX_KEY_BYTES: Final = 1024
 _LAST: Final = 253_370_764_799  # the end of the year 9998: a policy made then ends in one that calendars have
 
 
@@ -50,3 +55,18 @@ def pair(text: str) -> tuple[str, str]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"expected NAME=TEXT, got {text!r}")
     return name, value
+
+
+def add_key(parser: argparse.ArgumentParser) -> None:
+    """Add `--key-file`; `key` reads it."""
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="the key that the operator gave you")
+
+
+def key(args: argparse.Namespace) -> str | None:
+    """The key in the file, or None. Raises `UsageError` as `read_file` does, and `usage.key`."""
+    if args.key_file is None:
+        return None
+    try:
+        return read_file(args.key_file, max_bytes=_MAX_KEY_BYTES).decode("ascii").strip()
+    except UnicodeDecodeError as err:
+        raise UsageError(f"--key-file: expected ASCII in {args.key_file}", code="usage.key") from err

@@ -62,6 +62,7 @@ def add_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) 
     )
     chat.add_argument("--bundle", type=Path, help="save the answer with its proof to this file")
     chat.add_argument("--manifest", type=Path, help="signed measurement manifest to put into the bundle")
+    arguments.add_key(chat)
     endorsements_cli.add_options(chat)
 
 
@@ -77,8 +78,10 @@ def _chat(args: argparse.Namespace) -> None:
         raise UsageError(f"--bundle: expected a file in a folder we may write to, got {args.bundle}", code="usage.file")
     options = _options(args)
 
+    key = arguments.key(args)
+
     def open_session() -> Session:
-        session = connect(args.address, policy, endorsements=endorsements_cli.chosen(args))
+        session = connect(args.address, policy, endorsements=endorsements_cli.chosen(args), key=key)
         show_session(session)
         return session
 

@@ -10,9 +10,10 @@ characters. A peer that breaks the protocol or fails a check is not talked to ag
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ from countermark.errors import (
     RequestError,
     Unavailable,
     Undecidable,
+    UsageError,
     VerificationError,
     WeightsError,
 )
@@ -51,6 +53,7 @@ from countermark.witness import Witnessed, verify_witnessed
 
 MAX_TEXT_CHARACTERS: Final = 16 * 1024 * 1024
 _SAID: Final = 300
+_KEY: Final = re.compile(r"[A-Za-z0-9._~+/-]{1,254}={0,2}")
 _READ_S: Final = 30.0
 _BY_CODE: Final[Mapping[str, type[CountermarkError]]] = {
     "replay.profile": Undecidable,
@@ -58,12 +61,18 @@ _BY_CODE: Final[Mapping[str, type[CountermarkError]]] = {
     "replay.redacted": Undecidable,
     "replay.artefact": WeightsError,
 }
-_REFUSED: Final = frozenset(("engine.busy", "engine.stopping", "service.busy", "service.stopping", "quota.exceeded"))
+_REFUSED: Final = frozenset(
+    (
+        *("engine.busy", "engine.stopping", "service.busy", "service.stopping"),
+        *("quota.rate", "quota.tokens", "quota.concurrent"),
+    )
+)
 """With these a node refuses before it records an INTENT."""
 _CLASSES: Final[Mapping[grpc.StatusCode, type[CountermarkError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     grpc.StatusCode.FAILED_PRECONDITION: ChannelError,
     grpc.StatusCode.PERMISSION_DENIED: ChannelError,
+    grpc.StatusCode.UNAUTHENTICATED: RequestError,
     grpc.StatusCode.OUT_OF_RANGE: LogError,
 }
 
@@ -76,17 +85,22 @@ def connect(
     timeout_s: float = 30.0,
     endorsements: bytes | Callable[[bytes], bytes] | None = None,
     retry: Retry | None = None,
+    key: str | None = None,
 ) -> Session:
     """Connect to `HOST:PORT`, demand evidence, appraise it; a Session or an error, nothing in between.
 
     `now`: unix seconds (the verdict then says `assumed`), else this machine's clock. `timeout_s`: for all of it, but
     for the fetching; of each attempt. `endorsements`: Intel's, to be used instead of those that the node sends: the
     JSON, or what gives it for a quote, such as `fetch.intel.fetch_collateral` with a source. Bundles then carry these.
+    `key`: the operator's, for nodes that ask for one; sent with requests, so only to what was appraised.
     `retry`: a node that cannot be reached or has no time is asked again; each time everything is checked anew.
     Raises `Unavailable`, `ChannelError` (see `Channel.open`), what `endorsements` raises, and what `appraise` and
     `verify_witnessed` raise, with their `checks`.
     """
-    return retrying(lambda: _connect(address, policy, now=now, timeout_s=timeout_s, endorsements=endorsements), retry)
+    return retrying(
+        lambda: _connect(address, policy, now=now, timeout_s=timeout_s, endorsements=endorsements, key=key),
+        retry,
+    )
 
 
 def _connect(
@@ -96,7 +110,9 @@ def _connect(
     now: int | None,
     timeout_s: float,
     endorsements: bytes | Callable[[bytes], bytes] | None,
+    key: str | None,
 ) -> Session:
+    metadata = _bearer(key)
     started = time.monotonic()
     channel = Channel.open(address, timeout_s=timeout_s)
     try:
@@ -128,10 +144,20 @@ def _connect(
             endorsements=own,
         )
         witnessed = verify_witnessed(response.witnessed, verdict, policy)
-        return Session(channel, witnessed, evidence if own is None else _with_endorsements(evidence, own))
+        kept = evidence if own is None else _with_endorsements(evidence, own)
+        return Session(channel, witnessed, kept, metadata)
     except BaseException:
         channel.close()
         raise
+
+
+def _bearer(key: str | None) -> tuple[tuple[str, str], ...]:
+    """RFC 6750 section 2.1, in gRPC's metadata. Raises `UsageError` (`usage.key`), which does not repeat the key."""
+    if key is None:
+        return ()
+    if not _KEY.fullmatch(key):
+        raise UsageError("key: expected 1 to 256 characters of RFC 6750's b64token", code="usage.key")
+    return (("authorization", f"Bearer {key}"),)
 
 
 def _fetched(evidence: bytes, fetch: Callable[[bytes], bytes]) -> bytes | None:
@@ -196,13 +222,16 @@ class TokenLogprob:
 class Session:
     """An appraised connection. Make it with `connect`; use it as a context manager. Thread-safe."""
 
-    def __init__(self, channel: Channel, witnessed: Witnessed, evidence: bytes) -> None:
+    def __init__(
+        self, channel: Channel, witnessed: Witnessed, evidence: bytes, metadata: Sequence[tuple[str, str]] = ()
+    ) -> None:
         if type(witnessed) is not Witnessed or witnessed.verdict.scope is not Scope.SESSION:
             raise TypeError("witnessed: expected what verify_witnessed() made of this session's verdict")
         self.verdict: Verdict = witnessed.verdict
         self.witnessed = witnessed
         self.evidence = evidence
         self._channel = channel
+        self._metadata = tuple(metadata)
         self._closed = False
         self._generate = channel.grpc_channel.unary_stream(codec.GENERATE, None, None)
         self._replay = channel.grpc_channel.unary_unary(codec.REPLAY, None, None)
@@ -243,7 +272,7 @@ class Session:
         if self._channel.is_over or self._closed:
             raise self._channel.failure() or _closed()
         try:
-            call = self._generate(request, timeout=timeout_s)
+            call = self._generate(request, timeout=timeout_s, metadata=self._metadata)
         except ValueError as err:  # grpcio's word for a channel that another thread has just closed
             raise _closed() from err
         return Stream(self, self._channel, call, request)
@@ -280,7 +309,7 @@ class Session:
         if self._channel.is_over or self._closed:
             raise self._channel.failure() or _closed()
         try:
-            data = self._replay(request, timeout=timeout_s)
+            data = self._replay(request, timeout=timeout_s, metadata=self._metadata)
             receipt = pb.ReplayResponse.FromString(data).receipt
             return verify_replay(receipt, self.verdict, nonce=nonce, answer=answer)
         except grpc.RpcError as err:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from countermark import errors
 from countermark_appliance import config
+from countermark_appliance.operations import quotas
 from countermark_appliance.platform import image
 from countermark_appliance.platform.tdx import ccel, registers, reports
 
@@ -18,6 +19,7 @@ SOURCES = (
     *(APPLIANCE / "platform" / "tdx").glob("*.py"),
     *(APPLIANCE / "platform" / "vtpm").glob("*.py"),
     *(APPLIANCE / "guest").glob("*.py"),
+    *(APPLIANCE / "operations").glob("*.py"),
     APPLIANCE / "platform" / "image.py",
     APPLIANCE / "platform" / "base.py",
     APPLIANCE / "platform" / "endorsements.py",
@@ -25,7 +27,7 @@ SOURCES = (
     APPLIANCE / "config.py",
     APPLIANCE / "watch.py",
 )
-CODE = re.compile(r"(platform|gpu|config|ccel|guest)\.[a-z0-9_]+")
+CODE = re.compile(r"(platform|gpu|config|ccel|guest|telemetry)\.[a-z0-9_]+")
 INSIDE = {  # told as `platform.ccel_table`, or as a line in the log
     *("ccel.checksum", "ccel.log_area"),
     *("platform.endorsements_dates", "platform.endorsements_older"),
@@ -49,6 +51,11 @@ def test_every_key_with_its_type_and_default() -> None:
             wanted[f"{table}.{key}"] = (kinds[kind], shown)
     found = {row[0].strip("`"): (row[1], row[2].strip("`")) for row in rows("node.toml")}
     assert found == wanted
+
+
+def test_every_member_of_a_client_s_key() -> None:
+    found = {row[0].strip("`"): row[1] for row in rows("Keys for clients")}
+    assert found == {"name": "string", "sha256": "string"} | dict.fromkeys(quotas.LIMITS, "integer")
 
 
 def test_bounds() -> None:

@@ -33,6 +33,7 @@ from countermark_appliance.engine.request import (
 )
 from countermark_appliance.engine.sampling import resolve_logprobs, resolve_sampling
 from countermark_appliance.frontend import FrontEnd, Limits
+from countermark_appliance.operations.watching import Operations
 from countermark_appliance.service import Service, ServiceLimits
 from one_answer import NOW, Machine
 
@@ -185,6 +186,7 @@ def running(
     recorder: Callable[[Any], Any] = lambda recorder: recorder,
     attester: Callable[[Any], Any] = lambda attester: attester,
     operator_dir: Path | None = None,
+    operations: Operations | None = None,
 ) -> Iterator[Appliance]:
     """Start everything; `recorder` and `attester` may wrap what the service is given."""
     code = directory / "code"
@@ -199,6 +201,7 @@ def running(
         connections=connections,
         passport=b"passport evidence",
         limits=limits,
+        operations=operations,
     )
     port = service.start()
     front_end = start_front_end(machine, connections, port, front_limits)
