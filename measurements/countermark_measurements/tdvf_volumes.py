@@ -52,7 +52,7 @@ def parse_volumes(firmware: bytes) -> Volumes:
     for image in images:
         if image[40:44] != b"_FVH" or int.from_bytes(image[32:40], "little") != len(image):
             raise FormatError("volumes: expected volumes as long as their sections", code="volumes.contents")
-    versions = {match[0] for image in images for match in _VERSION.finditer(image)}
+    versions = {match[0] for match in _VERSION.finditer(images[0])}
     if len(versions) != 1:
         message = f"volumes: expected one version such as 2025.02, got {len(versions)}"
         raise FormatError(message, code="volumes.version")
