@@ -23,7 +23,7 @@ from countermark.formats import anchors, boot_events, evidence, manifest, ots, q
 from countermark.formats.evidence import Evidence
 from countermark.policy import Profile, encode_policy, new_policy
 from countermark.policy import toml as policy_file
-from countermark.replay import Part
+from countermark.replayer import Part
 from countermark.tlog import checkpoint, merkle
 from countermark.wire import codec, tls
 from countermark.wire import countermark_v1_pb2 as pb
@@ -309,6 +309,7 @@ def test_exit_codes() -> None:
         ("Stack", records.Stack),
         ("Sampling", records.Sampling),
         ("Retrieval", records.Retrieval),
+        ("Grammar", records.Grammar),
         ("Previous", records.Previous),
     ],
 )

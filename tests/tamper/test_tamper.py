@@ -69,7 +69,7 @@ def test_there_are_many_and_each_is_another(made: dict[str, Variant], scene: Sce
 
 def test_the_whole_bundle_is_accepted_and_the_redacted_say_so(made: dict[str, Variant]) -> None:
     said = {name: verify(item).as_json()["redacted"] for name, item in made.items() if not item.code}  # type: ignore[attr-defined]
-    assert list(said.values()) == [[], [], ["prompt"], ["output"], ["prompt", "output"]]
+    assert list(said.values()) == [[], [], ["prompt"], ["output"], ["prompt", "output"], [], ["prompt"]]
 
 
 def test_the_list_is_written_for_others(tmp_path: Path) -> None:

@@ -320,6 +320,15 @@ def with_message(change: Callable[[Any], None]) -> Change:
 _message = pb.GenerateRequest.FromString(REQUEST)
 _message.sampling.ClearField("seed")
 UNSEEDED = _message.SerializeToString(deterministic=True)
+SCHEMA = '{"type": "object", "required": ["city"]}'
+GRAMMAR = records.PlainGrammar(kind="json_schema", text=SCHEMA, library="llguidance", version="1.9.1", rules=1)
+CONSTRAINED = request(json_schema=SCHEMA)
+
+
+def under_grammar(change: Callable[[Bundle], Bundle]) -> Change:
+    """An answer to CONSTRAINED by a machine that records it, then changed."""
+    return lambda scene: change(recommitted(CONSTRAINED, {"grammar": GRAMMAR})(scene))
+
 
 REQUESTS: list[Row] = [
     ("other bytes: one more token", "receipt.request", "12", part(request=request(max_tokens=9))),
@@ -345,6 +354,48 @@ REQUESTS: list[Row] = [
     asked_otherwise("logprobs", logprobs=2),
     ("a seed nobody asked for, as the client's", "receipt.setting.seed_origin", "13", recommitted(UNSEEDED)),
     ("a stop string left out of the record", "receipt.setting.stop", "13", recommitted(intent={"stop": ()})),
+    (
+        "another schema than was sent",
+        "receipt.request",
+        "12",
+        under_grammar(lambda b: replace(b, request=request(json_schema='{"type": "object"}'))),
+    ),
+    ("no schema where one was sent", "receipt.grammar", "12", under_grammar(lambda b: replace(b, request=REQUEST))),
+    (
+        "an expression where a schema was sent",
+        "receipt.grammar",
+        "12",
+        under_grammar(lambda b: replace(b, request=request(regex=SCHEMA))),
+    ),
+    (
+        "another salt of the schema",
+        "receipt.grammar",
+        "12",
+        under_grammar(
+            lambda b: replace(
+                b,
+                acceptance=replace(
+                    b.acceptance,
+                    field_salts=salted(b.acceptance.field_salts, **{"grammar.text": ZERO}),  # type: ignore[union-attr]
+                ),
+            )
+        ),
+    ),
+    (
+        "the machine recorded another schema",
+        "receipt.grammar",
+        "12",
+        recommitted(CONSTRAINED, {"grammar": replace(GRAMMAR, text="{}")}),
+    ),
+    (
+        "the machine recorded an expression",
+        "receipt.grammar",
+        "12",
+        recommitted(CONSTRAINED, {"grammar": replace(GRAMMAR, kind="regex")}),
+    ),
+    ("the machine recorded no grammar", "receipt.grammar", "12", recommitted(CONSTRAINED)),
+    ("the machine recorded a grammar of its own", "receipt.grammar", "12", recommitted(intent={"grammar": GRAMMAR})),
+    ("a schema too long", "request.grammar_too_long", "12", part(request=request(json_schema="x" * (64 * 1024 + 1)))),
 ]
 
 ACCEPTED: list[Row] = [
@@ -1264,6 +1315,8 @@ GROUPS: dict[str, list[Row]] = {
         ("without the prompt", "", "", PROMPTLESS),
         ("without the output", "", "", OUTPUTLESS),
         ("without prompt and output", "", "", BARE),
+        ("under a schema", "", "", under_grammar(lambda b: b)),
+        ("under a schema, without the prompt", "", "", less(under_grammar(lambda b: b), prompt=True)),
     ],
     "container": CONTAINER,
     "request": REQUESTS,

@@ -13,7 +13,7 @@ from judges import Case, page_results, python_says, said
 from countermark.appraise import Scope, appraise
 from countermark.bundle import Bundle, encode_bundle
 from countermark.formats.receipt import parse_receipt
-from countermark.formats.records import EXACT_CLAIMS
+from countermark.formats.records import EXACT_CLAIMS, PlainGrammar
 from countermark.formats.retrieval import Chunk, RetrievalSet
 from countermark.logkeys import new_keys
 from countermark.numerics import CURRENT
@@ -89,6 +89,9 @@ WITH_DOCUMENTS = codec.encode_generate_request(
     logit_bias={3: -1.5},
     retrieved=DOCUMENTS,
 )
+SCHEMA = '{"properties": {"city": {"type": "string", "pattern": "^é"}}}'
+FITTING = request(json_schema=SCHEMA)
+GRAMMAR = PlainGrammar(kind="json_schema", text=SCHEMA, library="llguidance", version="1.9.1", rules=1)
 OPEN = replace(SAMPLING, temperature=0.0, top_k=0, top_p_20bit=1 << 20, logit_bias=(), seed=99, seed_origin="server")
 INTENTS: tuple[dict[str, Any], ...] = (
     {},
@@ -133,6 +136,13 @@ INTENTS: tuple[dict[str, Any], ...] = (
     {"retrieval": DOCUMENTS},
     {"asked": WITH_DOCUMENTS, "retrieval": replace(DOCUMENTS, query=bytes(32))},
     {"asked": WITH_DOCUMENTS, "retrieval": replace(DOCUMENTS, chunks=DOCUMENTS.chunks[:1])},
+    {"asked": FITTING, "grammar": GRAMMAR},
+    {"asked": request(regex="(?i)yes|né"), "grammar": replace(GRAMMAR, kind="regex", text="(?i)yes|né", rules=7)},
+    {"asked": request(regex=""), "grammar": replace(GRAMMAR, kind="regex", text="")},
+    {"asked": FITTING},
+    {"grammar": GRAMMAR},
+    {"asked": FITTING, "grammar": replace(GRAMMAR, text=SCHEMA + " ")},
+    {"asked": request(regex=SCHEMA), "grammar": GRAMMAR},
     {"out_cached_tokens": 5},
     {"out_cached_tokens": 4},
     {"out_finish_reason": "length"},

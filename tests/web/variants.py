@@ -292,6 +292,14 @@ REQUEST: dict[str, Make] = {
     "request with a chunk that ends first": request(lambda r: retrieved(r, end=1)),
     "request with a chunk without id": request(lambda r: retrieved(r, id="")),
     "request with a score that is none": request(lambda r: retrieved(r, score=float("inf"))),
+    "request with a schema": request(lambda r: setattr(r, "json_schema", "{}")),
+    "request with an expression": request(lambda r: setattr(r, "regex", "é*")),
+    "request with an empty expression": request(lambda r: setattr(r, "regex", "")),
+    "request with a schema too long": request(lambda r: setattr(r, "json_schema", "é" * (32 * 1024 + 1))),
+    "request with an expression too long": request(lambda r: setattr(r, "regex", "a" * (8 * 1024 + 1))),
+    "request with both, the long one first": entry(
+        "request.bin", lambda d: d + b"\x62\x81\x40" + b"a" * 8193 + b"\x5a\x02{}"
+    ),
     "request with an empty retrieval": request(lambda r: r.retrieval.SetInParent()),
     "request empty": entry("request.bin", lambda _data: b""),
 }
@@ -303,6 +311,8 @@ ACCEPTED: dict[str, Make] = {
     "INTENT of another nonce": edit("accepted.cbor", inner("record", flipped("nonce"))),
     "INTENT time": edit("accepted.cbor", inner("record", put("accepted_us", 1))),
     "INTENT model": edit("accepted.cbor", inner("record", lambda r: r["stack"].__setitem__("model", "huge"))),
+    "INTENT that says of no grammar": edit("accepted.cbor", inner("record", put("grammar", None))),
+    "INTENT of a strange grammar": edit("accepted.cbor", inner("record", put("grammar", {"kind": "lark"}))),
     "INTENT weights": edit(
         "accepted.cbor", inner("record", lambda r: r["stack"].__setitem__("weights_root", bytes(32)))
     ),
