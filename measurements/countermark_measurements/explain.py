@@ -183,7 +183,7 @@ def _distance(measured: Measured, image: Manifest, shape: Shape) -> tuple[int, i
     report = measured.report
     differing = (report.mrtd != shape.mrtd) + (report.rtmrs[0] != shape.rtmr0)
     found = first_difference(image, shape, measured.events, register=1)
-    return differing, 0 if found is None else -found.position
+    return differing, -len(image.events) - 1 if found is None else -found.position
 
 
 def _mrtd(shape: Shape, shapes: Sequence[Shape], report: TdReport) -> Register:

@@ -68,7 +68,11 @@ def parse_image(data: bytes) -> ImageDescription:
     if "files_sha256" in value:
         sources = {**sources, "files.txt": value["files_sha256"]}
     kinds = {kind.value: kind for kind in (ImageKind.PRODUCTION, ImageKind.TEST, ImageKind.DEVELOPMENT)}
-    if value.get("kind") not in kinds or not isinstance(value.get("variant"), str):
+    if (
+        not isinstance(value.get("kind"), str)
+        or value["kind"] not in kinds
+        or not isinstance(value.get("variant"), str)
+    ):
         raise FormatError(f"image.kind: expected {', '.join(kinds)} and a variant", code="image.members")
     return ImageDescription(
         kind=kinds[value["kind"]],
