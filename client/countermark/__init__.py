@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from countermark.errors import CountermarkError
+    from countermark.offline import replay, verify_bundle
     from countermark.policy import load_policy
     from countermark.retrying import Retry
     from countermark.session import Answer, Session, connect
-    from countermark.verify import Verification, verify_bundle
+    from countermark.verify import Verification
 else:
     _WHERE = {
         "Answer": "session",
@@ -24,7 +25,8 @@ else:
         "Verification": "verify",
         "connect": "session",
         "load_policy": "policy",
-        "verify_bundle": "verify",
+        "replay": "offline",
+        "verify_bundle": "offline",
     }
 
     def __getattr__(name: str) -> object:
@@ -41,5 +43,6 @@ __all__ = [
     "Verification",
     "connect",
     "load_policy",
+    "replay",
     "verify_bundle",
 ]

@@ -29,7 +29,7 @@ from countermark.bundle import read_bundle
 from countermark.errors import CountermarkError, Unavailable, UsageError
 from countermark.files import read_file, write_file
 from countermark.policy import Profile
-from countermark.replay import Mode, ReplayResult, load_runner, replay
+from countermark.replayer import Mode, ReplayResult, load_runner, replay
 from countermark.session import connect
 from countermark.verify import Verification, verify_bundle
 

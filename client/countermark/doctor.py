@@ -31,7 +31,7 @@ from countermark.checks import Check, Status, rfc3339
 from countermark.errors import CountermarkError
 from countermark.numerics import PROFILES, is_retired
 from countermark.policy import Policy
-from countermark.replay import Runner, load_runner
+from countermark.replayer import Runner, load_runner
 from countermark.wire.tls import TlsEndpoint, TlsFacts, client_context, server_context
 
 ENGINES: Final = "countermark.engines"

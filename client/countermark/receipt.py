@@ -414,7 +414,7 @@ def _check_answer(outcome: Outcome, answer: Answer | Reply | None, accepted: Com
 def _check_end(outcome: Outcome, intent: Intent, answer: Reply | None) -> None:
     """As far as token ids and text show it: the answer ends where the INTENT makes it end, and not later.
 
-    Whether a stop string was reached only the tokenizer knows (`countermark.replay`). Without the output: whether there
+    Whether a stop string was reached only the tokenizer knows (`replayer`). Without the output: whether there
     can be such an end at all.
     """
     reason, stop_tokens = outcome.finish_reason, () if intent.ignore_eos else intent.stop_tokens

@@ -29,8 +29,8 @@ from countermark.errors import (
 from countermark.files import write_file
 from countermark.policy import Policy, load_policy
 from countermark.receipt import CheckedReceipt
-from countermark.replay import Equivalence, Mode, ReplayResult, Runner, load_runner, replay_many
 from countermark.replayed import NodeReplay
+from countermark.replayer import Equivalence, Mode, ReplayResult, Runner, load_runner, replay_many
 from countermark.session import connect
 from countermark.verify import Verification, verify_bundle
 

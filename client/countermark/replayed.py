@@ -34,7 +34,7 @@ from countermark.receipt import (
     verify_leaf,
     verify_signatures,
 )
-from countermark.replay import ReplayResult, result_on_node
+from countermark.replayer import ReplayResult, result_on_node
 from countermark.tlog.checkpoint import Checkpoint
 
 _SEAL: Final = object()

@@ -9,7 +9,7 @@ import pytest
 
 from countermark.bundle import read_bundle
 from countermark.policy import load_policy
-from countermark.replay import Equivalence, Mode, load_runner, replay
+from countermark.replayer import Equivalence, Mode, load_runner, replay
 from countermark.verify import Verification, verify_bundle
 
 FOLDER = Path(__file__).parents[1] / "data" / "h100"

@@ -18,7 +18,7 @@ from countermark.errors import CountermarkError, Undecidable
 from countermark.formats import cbor, records
 from countermark.formats.receipt import Acceptance, Answer, Placed, Redaction, Reply, parse_receipt
 from countermark.policy import encode_policy
-from countermark.replay import replay
+from countermark.replayer import replay
 from countermark.verify import verify_bundle
 from countermark.wire import countermark_v1_pb2 as pb
 from one_answer import FINGERPRINTS, INPUT, NOW, OUTPUT_TOKENS, PROMPT_TOKENS, REQUEST, TEXT, World

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from countermark import cli, replay_cli
-from countermark import replay as module
+from countermark import replayer as module
 from countermark.bundle import encode_bundle
 from countermark.errors import CountermarkError, FormatError, ReplayDiverged, Undecidable, WeightsError
 from countermark.numerics import CURRENT
 from countermark.policy import encode_policy
-from countermark.replay import Equivalence, Mode, Recorded, ReplayResult, Runner, load_runner, replay, replay_many
+from countermark.replayer import Equivalence, Mode, Recorded, ReplayResult, Runner, load_runner, replay, replay_many
 from countermark.verify import Verification, verify_bundle
 from one_answer import (
     FINGERPRINTS,

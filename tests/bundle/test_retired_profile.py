@@ -17,7 +17,7 @@ from countermark.errors import CountermarkError, MeasurementError, Undecidable
 from countermark.formats.records import EXACT_CLAIMS
 from countermark.policy import encode_policy
 from countermark.receipt import verify_accepted, verify_receipt
-from countermark.replay import Runner, replay
+from countermark.replayer import Runner, replay
 from countermark.verify import verify_bundle
 from countermark_kernels import PROFILE
 from one_answer import NOW, REQUEST, Machine, answer, start

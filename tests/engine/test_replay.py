@@ -12,7 +12,7 @@ from tinymodel import TinyArtefact
 
 from countermark.errors import FormatError
 from countermark.numerics import CURRENT
-from countermark.replay import Runner
+from countermark.replayer import Runner
 from countermark_appliance.engine import replay as replay_module
 from countermark_appliance.engine.engine import Engine
 from countermark_appliance.engine.replay import ExactRunner

@@ -20,8 +20,8 @@ from countermark.errors import CountermarkError, LogError, ReceiptError, Unavail
 from countermark.formats.receipt import encode_acceptance, encode_answer, parse_receipt
 from countermark.formats.records import Kind, parse_replay
 from countermark.receipt import CheckedReceipt
-from countermark.replay import Equivalence, Part
 from countermark.replayed import require_able, verify_replay
+from countermark.replayer import Equivalence, Part
 from countermark.session import Session
 from countermark.wire import codec
 from countermark.wire import countermark_v1_pb2 as pb
