@@ -12,7 +12,7 @@ OVMF's boot options in a machine whose variables are new (`BdsPlatform.c` Platfo
 with optional data that marks it as made by the boot manager; a virtio disk has no bus that the boot manager knows, so
 it is a "UEFI Misc Device", and the second and later ones "UEFI Misc Device 2" and so on. Then the shell. QEMU's list of
 boot devices (`bootindex`) comes first in BootOrder; other disks are taken out of it, what is not a device of QEMU's
-stays. Seen so with QEMU 10.0.13 and OVMF 2025.02-8+deb13u1 with one and four disks.
+stays. Seen so with QEMU 10.0.13 and OVMF 2025.02-8+deb13u1 with one, three and four disks, the booted one first or not.
 
 Not covered, and refused where a shape asks for it: other boot devices than virtio disks on the root bus.
 """

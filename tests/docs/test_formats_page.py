@@ -36,6 +36,7 @@ BODY, _, _ = PAGE.partition("## Appendix B. Error codes")
 APPENDIX = (ROOT / "docs" / "codes.md").read_text(encoding="utf-8")
 CLIENT = ROOT / "client" / "countermark"
 APPLIANCE = ROOT / "appliance" / "countermark_appliance"
+MEASUREMENTS = ROOT / "measurements" / "countermark_measurements"
 CODE = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 
 # A code that is put together at run time: its expression in the source, and every code that can come of it.
@@ -105,7 +106,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "{what}.pem": ("quote.pem", "endorsements.pem", "nvidia_evidence.pem"),
     "{what}.chain": ("quote.chain", "endorsements.chain", "gpu.chain", "anchor.chain"),
     "{what}.crl": ("endorsements.crl", "gpu.crl"),
-    "{self.what}.truncated": ("quote.truncated", "eventlog.truncated", "tpmlog.truncated", "spdm.truncated"),
+    "{self.what}.truncated": tuple(
+        f"{what}.truncated" for what in ("quote", "eventlog", "tpmlog", "spdm", "pe", "tdvf")
+    ),
     "{self.what}.trailing": ("quote.trailing", "eventlog.trailing", "tpmlog.trailing", "spdm.trailing"),
     "{self.what}.{name}": (),  # `Reader.expect`: collected from its calls, see `reader_codes`
 }
@@ -260,7 +263,7 @@ def test_codes_given_by_position_are_in_the_table() -> None:
 
 
 def test_every_code_in_the_table_exists() -> None:
-    known = literals(CLIENT) | literals(APPLIANCE)
+    known = literals(CLIENT) | literals(APPLIANCE) | literals(MEASUREMENTS)
     known |= {f"generation.{reason}" for reason in records.ABORT_REASONS}
     assert CODES.keys() - known == set()
 
