@@ -19,15 +19,13 @@ from countermark.bundle import MAX_BUNDLE_BYTES
 from countermark.checks import rfc3339
 from countermark.errors import CountermarkError, MeasurementError, UsageError
 from countermark.files import read_file, write_file
-from countermark.formats.eventlog import event_type_name
-from countermark.formats.manifest import MAX_MANIFEST_BYTES, Manifest, Subject, encode_manifest, parse_envelope
+from countermark.formats.manifest import MAX_MANIFEST_BYTES, Subject, encode_manifest
 from countermark.log_cli import read_vkeys
 from countermark.logkeys import read_passphrase
-from countermark.numerics import CURRENT
-from countermark.policy import verify_signatures
 from countermark.tlog.cosignature import log_keys
-from countermark_measurements import corim, diff, explain, keys, manifest, predict, publish, runtime, rvps, shape
-from countermark_measurements.prediction import PLATFORMS, parse_json, to_json
+from countermark_measurements import cli_predict, corim, diff, explain, keys, manifest, publish, rvps
+from countermark_measurements.cli_predict import read_manifest
+from countermark_measurements.prediction import parse_json
 
 _PUBLIC = 0o644
 _EPILOG = """exit codes:
@@ -76,15 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("dir", type=Path, metavar="DIR")
     _passphrase(show)
 
-    ahead = _command(commands, "predict", _predict, "say what an image measures to, before any machine boots it")
-    ahead.add_argument("--disk", type=Path, required=True, metavar="RAW", help="disk.raw of the image build")
-    ahead.add_argument("--firmware", type=Path, required=True, metavar="FD", help="the firmware, such as OVMF.fd")
-    ahead.add_argument(
-        "--shape", type=Path, action="append", required=True, metavar="TOML", help="a launch shape; may be repeated"
-    )
-    ahead.add_argument("--platform", choices=PLATFORMS, required=True)
-    ahead.add_argument("--out", type=Path, metavar="JSON", help="write the prediction, which `manifest` takes")
-    ahead.add_argument("--json", action="store_true", help="print it instead of the list for people")
+    cli_predict.add_commands(commands, _command)
 
     made = _command(commands, "manifest", _manifest, "sign the manifest of an image from its prediction")
     made.add_argument("--prediction", type=Path, required=True, metavar="JSON", help="of `countermark-measure predict`")
@@ -149,12 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     rim.add_argument("manifest", type=Path, metavar="MANIFEST")
     rim.add_argument("--out", type=Path, required=True, metavar="FILE")
 
-    late = _command(commands, "rtmr3", _rtmr3, "print the events of RTMR3 that a configuration determines")
-    late.add_argument("--config", type=Path, required=True, metavar="TOML", help="the node's configuration file")
-    late.add_argument("--manifest", type=Path, required=True, metavar="MANIFEST", help="of the image it runs on")
-    late.add_argument("--numerics", default=CURRENT, metavar="PROFILE", help="default: %(default)s")
-    late.add_argument("--kernels", type=arguments.digest, metavar="SHA256", help="digest of the kernel sources")
-    late.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
 
@@ -166,25 +150,6 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 def _passphrase(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help="the private keys are encrypted with it")
-
-
-def _predict(args: argparse.Namespace) -> None:
-    found = predict.predict(args.disk, args.firmware, [shape.read_shape(path) for path in args.shape], args.platform)
-    data = to_json(found)
-    if args.out is not None:
-        write_file(args.out, data, mode=_PUBLIC)
-    if args.json:
-        print(data.decode())
-        return
-    for item in found.shapes:
-        print(f"{item.name}\n  mrtd   {item.mrtd.hex()}\n  rtmr0  {item.rtmr0.hex()}")
-    print(f"every shape\n  rtmr1  {found.rtmr1.hex()}\n  rtmr2  {found.rtmr2.hex()}")
-    for event in found.events:
-        kind = f"{event_type_name(event.event_type):<34}{event.source:<10}"
-        where = f" [{event.shape}]" if event.shape else ""
-        print(f"rtmr{event.register - 1}  {event.digest.hex()[:16]}  {kind}{terminal.printable(event.note)}{where}")
-    if args.out is not None:
-        terminal.note(f"{args.out}: {len(found.shapes)} shape(s), {len(found.events)} events")
 
 
 def _keys_new(args: argparse.Namespace) -> None:
@@ -288,7 +253,7 @@ def _audit(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace) -> None:
     log = None if args.log is None else read_file(args.log)
     measured = explain.read_measured(read_file(args.quote, max_bytes=MAX_BUNDLE_BYTES), log)
-    found = explain.explain(measured, _read_manifest(args.manifest), args.shape)
+    found = explain.explain(measured, read_manifest(args.manifest), args.shape)
     print(json.dumps(found.as_json()) if args.json else terminal.printable("\n".join(found.lines())))
     if found.differing:
         first = found.differing[0]
@@ -297,47 +262,18 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    lines = diff.diff(_read_manifest(args.old), _read_manifest(args.new))
+    lines = diff.diff(read_manifest(args.old), read_manifest(args.new))
     print(terminal.printable("\n".join(lines) or "the two manifests say the same"))
 
 
 def _rvps(args: argparse.Namespace) -> None:
-    values = rvps.reference_values(_read_manifest(args.manifest))
+    values = rvps.reference_values(read_manifest(args.manifest))
     print((rvps.encode_message(values) if args.message else rvps.encode_rvps(values)).decode())
 
 
 def _corim(args: argparse.Namespace) -> None:
-    write_file(args.out, corim.encode_corim(corim.corim_of(_read_manifest(args.manifest))), mode=_PUBLIC)
+    write_file(args.out, corim.encode_corim(corim.corim_of(read_manifest(args.manifest))), mode=_PUBLIC)
     terminal.note(f"{args.out}: unsigned CoRIM; it is as good as the manifest that it was derived from")
-
-
-def _rtmr3(args: argparse.Namespace) -> None:
-    image = _read_manifest(args.manifest)
-    found = runtime.predict_runtime(
-        read_file(args.config, max_bytes=runtime.MAX_CONFIG_BYTES),
-        image_id=image.image_id,
-        profile=args.numerics,
-        kernel_digest=args.kernels,
-    )
-    if args.json:
-        events = [{"name": name, "data": e.data.hex(), "digest": e.digest.hex()} for name, e in found.events]
-        print(json.dumps({"config": found.config.hex(), "weights_root": found.weights_root.hex(), "events": events}))
-        return
-    print(f"config   {found.config.hex()}  (a policy names it in config.digests)")
-    print(f"weights  {found.weights_root.hex()}  (in model.weights_roots)")
-    for name, event in found.events:
-        print(f"{name:<14}{event.digest.hex()}")
-    missing = () if args.kernels else ("numerics (give --kernels)",)
-    terminal.note(f"not known before the start: {', '.join((*missing, 'gpu', 'keys'))}")
-
-
-def _read_manifest(path: Path) -> Manifest:
-    """A manifest whose signatures hold; whose they are is said, and judged by `countermark policy pin` and `audit`."""
-    envelope = read_file(path, max_bytes=MAX_MANIFEST_BYTES)
-    signers = [item.keyid for item in parse_envelope(envelope).signatures]
-    image = verify_signatures(envelope, signers=tuple(map(bytes.fromhex, signers)))
-    terminal.note(f"{path}: signed by {' and '.join(item[:16] for item in signers)}: compare with your publisher's")
-    return image
 
 
 def _weights(text: str) -> Subject:

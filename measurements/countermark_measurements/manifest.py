@@ -100,11 +100,10 @@ def build(
     published with. Raises `UsageError` (`usage.manifest`): the prediction is of another disk, or of a platform that
     this kind of image is not for; `FormatError` (`manifest.*`).
     """
-    disk = {item.name: item.sha256 for item in prediction.inputs}.get(DISK)
     described = {item.name: item.sha256 for item in image.subjects}[DISK]
-    if disk != described:
-        got = "none" if disk is None else disk.hex()
-        message = f"prediction: expected one of the image's {DISK} {described.hex()}, got {got}: predict again"
+    if described not in (item.sha256 for item in prediction.inputs):  # by content: a copy may have another name
+        got = ", ".join(f"{item.name} {item.sha256.hex()}" for item in prediction.inputs) or "nothing"
+        message = f"prediction: expected one from the image's {DISK} {described.hex()}, got {got}: predict again"
         raise UsageError(message, code="usage.manifest")
     wanted = _PLATFORMS.get(image.kind.value, prediction.platform)
     if prediction.platform != wanted:
@@ -120,7 +119,7 @@ def build(
         raise UsageError(message, code="usage.manifest")
     if launch is None:
         launch = Launch() if prediction.platform == "tdx" else Launch(mrseam=(SIMULATED_MRSEAM,))
-    inputs = [item for item in prediction.inputs if item.name not in {known.name for known in image.subjects}]
+    inputs = [item for item in prediction.inputs if item.sha256 not in {known.sha256 for known in image.subjects}]
     manifest = Manifest(
         subjects=(
             *image.subjects,
