@@ -48,6 +48,7 @@ SETTINGS = (
     *("temperature", "top_k", "top_p_20bit", "min_p_20bit", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "seed", "logit_bias", "max_tokens", "stop", "ignore_eos", "logprobs", "model"),
 )
+JSON_TEXTS = ("manifest", "eventlog", "endorsements", "nvidia_evidence", "prediction", "image", "rvps")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "claims.{name}": tuple(
         f"claims.{name}"
@@ -101,8 +102,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         )
     ),
     "log.fetch.{reason}": tuple(f"log.fetch.{reason}" for reason in ("connection", "timeout", "status", "too_long")),
-    "{what}.too_long": ("manifest.too_long", "eventlog.too_long", "endorsements.too_long", "nvidia_evidence.too_long"),
-    "{what}.json": ("manifest.json", "eventlog.json", "endorsements.json", "nvidia_evidence.json"),
+    "{what}.too_long": tuple(f"{what}.too_long" for what in JSON_TEXTS),
+    "{what}.json": tuple(f"{what}.json" for what in JSON_TEXTS),
     "{what}.pem": ("quote.pem", "endorsements.pem", "nvidia_evidence.pem"),
     "{what}.chain": ("quote.chain", "endorsements.chain", "gpu.chain", "anchor.chain"),
     "{what}.crl": ("endorsements.crl", "gpu.crl"),
