@@ -1,1 +1,1 @@
-"""The steps of image/build, image/lock and image/disks. Standard library only; whatever else runs comes out of debian.lock."""
+"""The steps of image/build, image/lock and image/disks: standard library only; other tools come out of debian.lock."""

@@ -40,7 +40,10 @@ def make_erofs(rootfs: Path, target: Path, tools: Tools) -> None:
         f"-U{EROFS_UUID}",
         "-zlz4hc,9",
         "-C65536",
-        "-Eztailpacking,fragments,dedupe",
+        "-Eztailpacking",
+        "-x-1",
+        "--hard-dereference",
+        "--workers=2",
         target,
         rootfs,
     )
@@ -87,7 +90,7 @@ def make_initramfs(image: Path, base: Path, root_image: Path, tools: Tools) -> b
     flags = ["-std=gnu17", "-Os", "-static", "-s", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none"]
     hardening = ["-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-ffile-prefix-map=/build/init=."]
     tools.run("/usr/bin/gcc", *flags, *hardening, "-o", place / "init", place / "init.c")
-    entries: dict[str, bytes | None] = {name: None for name in ("dev", "modules", "proc", "root", "sys")}
+    entries: dict[str, bytes | None] = dict.fromkeys(("dev", "modules", "proc", "root", "sys"))
     entries["init"] = (place / "init").read_bytes()
     for name, path in zip(names, order, strict=True):
         entries[f"modules/{name}.ko"] = read_module(path)

@@ -22,7 +22,7 @@ class Dynamic:
 
 
 def read_dynamic(path: Path) -> Dynamic | None:
-    """These facts of a 64-bit little-endian x86 ELF file; None for any other file. Raises `BuildError` when cut short."""
+    """These facts of a 64-bit little-endian x86 ELF file; None for any other. Raises `BuildError` when cut short."""
     with path.open("rb") as file:
         if file.read(4) != b"\x7fELF":
             return None

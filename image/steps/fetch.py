@@ -18,7 +18,8 @@ from .errors import BuildError
 from .locks import Package, Wheel
 
 PYTHON_TAGS = ("--python-version", "3.13", "--implementation", "cp", "--abi", "cp313", "--abi", "abi3", "--abi", "none")
-PLATFORM_TAGS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+# What trixie's glibc runs: PEP 600 tags up to 2.41, and the older names.
+PLATFORM_TAGS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(41, 4, -1)), "manylinux2014_x86_64")
 PARALLEL = 8
 
 
@@ -67,7 +68,7 @@ def _download(package: Package, target: Path) -> None:
         if err.code == 404:
             raise BuildError(
                 f"{package.name} {package.version} is no longer in Debian's pool ({package.url}). "
-                "Lock today's versions with image/lock (that is another image), or give a folder that has it: --packages"
+                "Lock today's versions with image/lock (that is another image), or give a folder with it: --packages"
             ) from err
         raise BuildError(f"{package.name}: {package.url}: {err}") from err
     except OSError as err:
@@ -99,14 +100,28 @@ def fetch_wheels(wheels: Sequence[Wheel], cache: Path, saved: Path | None = None
     if missing:
         lock = cache / "wanted.txt"
         lock.write_text("".join(wheel.line() + "\n" for wheel in missing), encoding="utf-8")
-        tags = [argument for tag in PLATFORM_TAGS for argument in ("--platform", tag)]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", *PYTHON_TAGS, *tags, "--require-hashes", "-r", str(lock), "-d", str(cache)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BuildError(f"pip download failed: {done.stderr.strip()[-2000:]}")
+        pip_download(lock, cache)
         found |= {sha256_file(path): path for path in cache.glob("*.whl")}
     return [found[wheel.sha256] for wheel in wheels]
+
+
+def pip_download(requirements: Path, target: Path) -> None:
+    """The wheels of a requirements file with hashes, for the image's Python, into `target`; raises `BuildError`."""
+    tags = [argument for tag in PLATFORM_TAGS for argument in ("--platform", tag)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += [
+        "--only-binary=:all:",
+        *PYTHON_TAGS,
+        *tags,
+        "--require-hashes",
+        "-r",
+        str(requirements),
+        "-d",
+        str(target),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"pip download failed: {done.stderr.strip()[-2000:]}")
 
 
 def unpack_packages(debs: Sequence[Path], target: Path) -> None:
@@ -131,6 +146,9 @@ def unpack_wheels(wheels: Sequence[Path], target: Path) -> None:
                     continue  # scripts and headers, which no image has
                 if not info.is_dir():
                     path = target / info.filename
+                    data = archive.read(info)
+                    if path.exists() and path.read_bytes() != data:
+                        raise BuildError(f"{wheel.name}: {info.filename} is another package's too")
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(archive.read(info))
+                    path.write_bytes(data)
                     path.chmod(0o755 if ".so" in path.name else 0o644)

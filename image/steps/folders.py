@@ -35,7 +35,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """`target` with the bytes and mode of `source`; a link to the same file where the file system can."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_symlink():
-        target.symlink_to(os.readlink(source))
+        target.symlink_to(source.readlink())
         return
     try:
         os.link(source, target)

@@ -1,7 +1,7 @@
 """The initramfs: init.c compiled without libc's shared half, the kernel modules that it loads, and a cpio around them.
 
-The archive is `newc` (Documentation/driver-api/early-userspace/buffer-format.rst), written here, uncompressed: it is small,
-its bytes do not hang on a compressor's version, and the kernel measures it as it is.
+The archive is `newc` (Documentation/driver-api/early-userspace/buffer-format.rst), written here, uncompressed: it is
+small, its bytes do not hang on a compressor's version, and the kernel measures it as it is.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def depends(module: bytes) -> list[str]:
 def cpio(entries: dict[str, bytes | None], executable: set[str]) -> bytes:
     """A newc archive of folders (None) and files, in name order; all zero but names, modes and contents."""
     out = bytearray()
-    for number, name in enumerate([*sorted(entries), "TRAILER!!!"], 1):
-        data = entries.get(name)
+    for inode, name in enumerate([*sorted(entries), "TRAILER!!!"], 1):
+        data, number = entries.get(name), inode
         if name == "TRAILER!!!":
             mode, links, number = 0, 1, 0
         elif data is None:

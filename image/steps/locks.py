@@ -1,8 +1,8 @@
 """debian.lock and wheels.lock: what an image is made from, to the last byte.
 
 A line of debian.lock is `NAME VERSION ARCH SHA256 SIZE PATH`, PATH below the archive's host (`debian/pool/...` or
-`debian-security/pool/...`), under a `[set]` header; sets and their lines are sorted, and `epoch = N` is the one time stamp
-that gets into an image. wheels.lock is pip's own format with exactly one hash for each wheel, a subset of
+`debian-security/pool/...`), under a `[set]` header; sets and their lines are sorted, and `epoch = N` is the one time
+stamp that gets into an image. wheels.lock is pip's own format with exactly one hash for each wheel, a subset of
 requirements/appliance.lock.
 """
 

@@ -1,8 +1,8 @@
 """From everything that was unpacked, the files of an image: what keep.txt names, and the libraries those files need.
 
-keep.txt has one pattern a line, below `/`: `*` and `?` stay in one path part, `**` crosses them, and a pattern names files
-and links, never folders. `!` takes away again; the last pattern that matches a path decides. A pattern that matches
-nothing is an error, so that the list cannot rot. `[production]`, `[test]` and so on open lines for one kind only.
+keep.txt has one pattern a line, below `/`: `*` and `?` stay in one path part, `**` crosses them, and a pattern names
+files and links, never folders. `!` takes away again; the last pattern that matches a path decides. A pattern that
+matches nothing is an error, so that the list cannot rot. `[test]`, `[gpu]` and so on open lines for a kind or variant.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LIBRARY_PATH: Final = ("usr/lib/x86_64-linux-gnu", "usr/lib")
 def parse_keep(text: str, kinds: Iterable[str]) -> list[tuple[bool, str, re.Pattern[str]]]:
     """The patterns that hold for these kinds, in order: (keep or drop, as written, compiled)."""
     wanted, rules, active = set(kinds), [], True
-    for line in text.splitlines():
-        line = line.split("#", 1)[0].strip()
+    for full in text.splitlines():
+        line = full.split("#", 1)[0].strip()
         if not line:
             continue
         if line.startswith("["):
@@ -45,9 +45,9 @@ def walk(root: Path) -> list[str]:
     """Every file and link below `root`, as sorted relative paths; links to folders are links."""
     found = []
     for folder, names, files in os.walk(root):
-        base = os.path.relpath(folder, root)
-        for name in files + [name for name in names if os.path.islink(os.path.join(folder, name))]:
-            found.append(os.path.normpath(os.path.join(base, name)))
+        base = Path(folder)
+        found += [str((base / name).relative_to(root)) for name in files]
+        found += [str((base / name).relative_to(root)) for name in names if (base / name).is_symlink()]
     return sorted(found)
 
 
@@ -112,14 +112,18 @@ def close(root: Path, kept: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def link_target(root: Path, path: str) -> str | None:
-    """The file that a link points to, as a path below `root`; None when it points to a folder or out of the packages."""
-    text = os.readlink(root / path)
-    joined = text.lstrip("/") if text.startswith("/") else str(PurePosixPath(path).parent / text)
-    target = resolve_links(root, os.path.normpath(joined))
+    """The file that a link points to, as a path below `root`; None when that is a folder or out of the packages."""
+    text = str((root / path).readlink())
+    target = resolve_links(root, below(str(PurePosixPath(path).parent), text))
     full = root / target
     if full.is_file() or full.is_symlink():
         return target
     return None
+
+
+def below(folder: str, text: str) -> str:
+    """Where a link in `folder` leads, as a path below the root: `..` does not lead out of it, as in a chroot."""
+    return os.path.normpath("/" + (text if text.startswith("/") else f"{folder}/{text}")).lstrip("/")
 
 
 def resolve_links(root: Path, path: str) -> str:
@@ -128,9 +132,8 @@ def resolve_links(root: Path, path: str) -> str:
     for part in PurePosixPath(path).parent.parts:
         here = "/".join([*done, part])
         if (root / here).is_symlink():
-            text = os.readlink(root / here)
-            joined = text.lstrip("/") if text.startswith("/") else "/".join([*done, text])
-            done = list(PurePosixPath(os.path.normpath(joined)).parts)
+            text = str((root / here).readlink())
+            done = list(PurePosixPath(below("/".join(done), text)).parts)
         else:
             done.append(part)
     return "/".join([*done, PurePosixPath(path).name])

@@ -1,7 +1,7 @@
 """The tools root: locked packages in a folder, run from there with chroot, so that what builds an image is locked too.
 
-Nothing is mounted: what a tool reads and writes lies below the root, in /build. No maintainer script has run, so tools are
-called by their full names, with an empty environment but for SOURCE_DATE_EPOCH.
+Nothing is mounted: what a tool reads and writes lies below the root, in /build. No maintainer script has run, so tools
+are called by their full names, with an empty environment but for SOURCE_DATE_EPOCH.
 """
 
 from __future__ import annotations
