@@ -264,7 +264,7 @@ def fault():
 def run(_args):
     logging.getLogger("countermark_appliance.main").warning("ours\\nin two lines")
     logging.getLogger("asyncio").error("the prompt", exc_info=True)
-    {"ours": ours, "fault": fault, "fine": lambda: None}[sys.argv[1]]()
+    {"ours": ours, "fault": fault, "module": lambda: __import__("absent"), "fine": lambda: None}[sys.argv[1]]()
 
 guest._prepare = run
 sys.exit(guest.main(["prepare"]))
@@ -276,14 +276,16 @@ sys.exit(guest.main(["prepare"]))
     [
         ("ours", 1, "countermark: refused guest.disk_missing: disks: expected one"),
         ("fault", 70, "countermark: failed: ValueError at fault:"),
-        ("fine", 0, "countermark: error asyncio: (text withheld)"),
+        ("module", 70, "countermark: failed: the image has no module 'absent'"),
+        ("fine", 0, ""),
     ],
 )
 def test_what_the_console_shows(kind, code, last):
     ended = subprocess.run([sys.executable, "-c", PROGRAM, kind], capture_output=True, text=True, check=False)
     lines = ended.stdout.splitlines()
     assert ended.returncode == code
-    assert lines[0] == "countermark: warning countermark_appliance.main: ours in two lines"
+    assert lines[0].endswith("WARNING countermark_appliance.main: ours in two lines")
+    assert "ERROR asyncio: (text withheld)" in lines[1]
     assert lines[-1].startswith(last)
     assert "the prompt" not in ended.stdout + ended.stderr
 

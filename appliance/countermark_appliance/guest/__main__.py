@@ -1,15 +1,14 @@
 """The two programs of the image: `prepare` and `serve`. What an operator may read goes to stdout, which is the console.
 
-Nobody logs in to this machine, so the console is all there is: our own log lines and a refusal with its stable code
-stand there. Of other libraries' log lines only name and level do, because a text that is not ours might quote a prompt.
-Exit codes are those of `countermark`; whatever the code, the unit that runs this ends the machine.
+Nobody logs in to this machine, so the console is all there is: log lines (`operations.logs`, our own words only) and a
+refusal with its stable code stand there. Exit codes are those of `countermark`; whatever the code, the unit that runs
+this ends the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,16 +16,9 @@ from typing import Final
 
 from countermark.errors import CountermarkError
 from countermark_appliance.faults import describe
+from countermark_appliance.operations import logs
 
 FAULT: Final = 70  # an exception that is not ours
-_OURS: Final = ("countermark.", "countermark_appliance.", "countermark_kernels.")
-
-
-class _Lines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """One line; no trace, and no text but our own."""
-        text = record.getMessage() if record.name.startswith(_OURS) else "(text withheld)"
-        return f"countermark: {record.levelname.lower()} {record.name}: {' '.join(text.split())}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--config", type=Path, required=True)
     serve.set_defaults(run=_serve)
     args = parser.parse_args(argv)
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Lines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logs.configure("text", stream=sys.stdout)
     return ended(lambda: args.run(args))
 
 
@@ -51,6 +41,9 @@ def ended(run: Callable[[], None]) -> int:
     except CountermarkError as err:
         _say(f"refused {err.code}: {err}")
         return err.exit_code
+    except ModuleNotFoundError as err:
+        _say(f"failed: the image has no module {err.name!r}")
+        return FAULT
     except Exception as err:  # noqa: BLE001  the last place where it can be told
         _say(f"failed: {describe(err)}")
         return FAULT
