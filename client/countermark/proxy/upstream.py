@@ -32,6 +32,8 @@ from countermark.session import Session
 _EARLY: Final = 0.8
 """When the next verdict is made, in lives of one: before the last has to be given up."""
 _LOOK_S: Final = 1.0
+_IDLE_S: Final = 60.0
+"""A connection that was made for a crowd is closed after it; the newest stays."""
 
 
 class State(Enum):
@@ -49,6 +51,7 @@ class Link:
 
     session: Session
     made: float  # time.monotonic()
+    used: float  # the same clock: when an answer last began or ended on it
     active: int = 0
     retired: bool = False
 
@@ -124,11 +127,13 @@ class Node:
             link = self._free()
             if link is not None:
                 link.active += 1
+                link.used = time.monotonic()
                 return link
             await self._attest()
 
     def release(self, link: Link) -> None:
         link.active -= 1
+        link.used = time.monotonic()
         self._prune()
 
     def condemn(self, err: CountermarkError) -> None:
@@ -201,7 +206,7 @@ class Node:
             self.counts.key_changes += 1
             self._journal.note("node_key_changed", node=self.address, tls_key=key.hex(), boot=verdict.boot_id.hex())
         self._key = key
-        self._links.insert(0, Link(session=session, made=time.monotonic()))
+        self._links.insert(0, Link(session=session, made=time.monotonic(), used=time.monotonic()))
         self._journal.note("node_verified", node=self.address, boot=verdict.boot_id.hex(), simulated=verdict.simulated)
 
     def _refuse(self, err: CountermarkError) -> None:
@@ -225,7 +230,12 @@ class Node:
 
     def _prune(self) -> None:
         """Close what nobody will use again. Closing waits for a thread, so it does so elsewhere."""
-        kept = [link for link in self._links if link.active or self._usable(link)]
+        idle = time.monotonic() - _IDLE_S
+        kept = [
+            link
+            for place, link in enumerate(self._links)
+            if link.active or (self._usable(link) and (place == 0 or link.used > idle))
+        ]
         for link in self._links:
             if link not in kept:
                 self._executor.submit(link.session.close)
