@@ -114,8 +114,20 @@ def test_versions_only_grow() -> None:
     assert refusal(published(version=3, not_after=NOW + DAY_S), policy) == "manifest.equivocation"
     assert pinned(published(version=3), policy) == policy
     newer = pinned(published(version=4), policy)
-    assert (newer.manifest_version, len(newer.images)) == (4, 2)
+    assert (newer.manifest_version, [image.version for image in newer.images]) == (4, [4])
     assert refusal(published(version=3), newer) == "manifest.rolled_back"
+
+
+def test_an_image_can_be_given_more_time() -> None:
+    """Its newer manifest takes the older one's place, or the image would end with that."""
+    later = NOW + 2 * DAY_S
+    short = pin(policy_for(machine()), published(version=2, not_after=NOW + DAY_S), now=NOW)
+    with pytest.raises(CountermarkError) as err:
+        Scene().appraise(short, now=later)
+    assert err.value.code == "manifest.expired"
+    renewed = pin(short, published(version=3, not_after=NOW + 10 * DAY_S), now=NOW)
+    assert [image.version for image in renewed.images] == [3]
+    assert Scene().appraise(renewed, now=later).image_version == 3
 
 
 def test_validity_is_checked_at_the_given_time() -> None:

@@ -110,7 +110,11 @@ def pin(
     if image.image_id in revoked:
         message = f"image {image.image_id.hex()}: revoked by its publisher (ask for the manifest of the image after it)"
         raise MeasurementError(message, code="manifest.revoked")
-    kept = (known for known in policy.images if known.image_id not in revoked and known != image)
+    # A newer manifest of an image takes the older one's place: it may only give it more time, or other launch shapes.
+    same = (image.image_id, image.platform)
+    kept = (
+        known for known in policy.images if known.image_id not in revoked and (known.image_id, known.platform) != same
+    )
     return replace(
         policy,
         manifest_signers=accepted,
