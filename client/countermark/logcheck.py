@@ -8,9 +8,8 @@ Rules of a boot's log: leaf 0 is its EPOCH and no other leaf is, `sequence` is t
 OUTCOME or ABORT ends an INTENT of this log that has no end yet. Rules of an operator log: `formats.witnessed.Growth`.
 Rules of a measurement log: `formats.measured.Releases`.
 
-Memory: 8 KiB a level, the INTENTs without an end, for an operator log its boot ids, for a measurement log what is
-revoked. Not checked here: what a
-commitment hides; cosignatures.
+Memory: 8 KiB a level, the INTENTs without an end; for an operator log its boot ids, for a measurement log the images it
+revokes. Not checked here: what a commitment hides; cosignatures; the manifests that a measurement log names.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from publisher import SHAPES, event, image_id, prediction, sha384, statement
 
 from countermark.errors import BundleError, FormatError, UsageError
-from countermark.formats import eventlog
+from countermark.formats import eventlog, tpm_log
 from countermark.formats.eventlog import Event, EventLog, SpecId, encode_event_log
 from countermark.formats.manifest import Manifest, PredictedEvent, parse_envelope, parse_manifest
 from countermark.formats.quote import TdReport, parse_quote
@@ -155,10 +156,16 @@ def test_genuine_quotes_and_logs_are_read(name: str) -> None:
     assert err.value.code == "usage.log"
 
 
-def test_a_genuine_log_against_a_manifest_made_from_it() -> None:
-    """The dstack log, with one event of ours in place of its fourth of RTMR0: exactly that one is named."""
-    log = read("ccel/dstack/ccel.bin")
-    events = eventlog.read_events(log).events
+def tpm_events() -> tuple[Event, ...]:
+    """The log of a booted image in QEMU, as the vtpm platform hands it out."""
+    data = (Path(__file__).parents[2] / "data" / "tpmlog" / "binary_bios_measurements.bin").read_bytes()
+    return tpm_log.ccel_events(tpm_log.parse_tpm_log(data))
+
+
+@pytest.mark.parametrize("boot", ["dstack", "vtpm"])
+def test_a_genuine_log_against_a_manifest_made_from_it(boot: str) -> None:
+    """With one event of ours in place of its fourth of RTMR0: exactly that one is named."""
+    events = tpm_events() if boot == "vtpm" else eventlog.read_events(read("ccel/dstack/ccel.bin")).events
     rtmr0, rtmr1, rtmr2, _ = eventlog.replay(events)
     wanted = [
         PredictedEvent(
