@@ -5,7 +5,7 @@ Three processes on one machine: a node (simulated platform, SmolLM2), `counterma
   proxy    plain HTTP on a connection that stays open, from the request's first byte to the first text of the stream
   openai   the same through the `openai` package, whose own time is in it
 Each round asks all of them, in an order that turns, so that whatever else the machine does falls on all. The overhead
-is the median of the differences within rounds. Every answer is verified to its receipt. Writes bench/results/proxy.json.
+is the median of the differences within rounds. Every answer is verified. Writes bench/results/proxy.json.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ TOKENS = 4
 @contextmanager
 def started(directory: Path, *command: str) -> Iterator[str]:
     """A process of ours; yields where it says that it listens."""
-    with (directory / f"{command[-1].lstrip('-')}.log").open("w") as log:
+    log = directory / f"{command[1]}.log"
+    with log.open("w") as out:
         words = (sys.executable, "-m", *command)
-        process = subprocess.Popen(words, cwd=directory, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(words, cwd=directory, stdout=subprocess.PIPE, stderr=out, text=True)
     try:
         assert process.stdout is not None
-        yield json.loads(process.stdout.readline())["listening"]
+        found = json.loads(process.stdout.readline() or "{}")
+        assert "listening" in found, log.read_text()
+        yield found["listening"]
     finally:
         process.terminate()
         process.wait(60)

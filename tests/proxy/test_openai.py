@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import openai
 import pytest
 from proxy_helpers import Proxy
+
+from countermark.proxy.wanted import _GRAMMAR
 
 pytestmark = pytest.mark.system
 MODEL = "countermark"
@@ -153,3 +156,29 @@ def test_a_client_that_leaves_ends_the_answer(client: openai.OpenAI, served: Pro
         return next((one for one in served.status()["receipts"] if one["receipt"] == receipt), {}).get("state")
 
     wait_until(lambda: state() == "left")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "warm": {"type": "boolean"}},
+    "required": ["colour", "warm"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.skipif(not _GRAMMAR, reason="this client cannot ask for a form yet: JSON schema is refused by name")
+def test_json_schema(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA, "strict": True}}
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Name a warm colour."}],
+        max_tokens=40,
+        seed=7,
+        temperature=0.9,
+        response_format=form,  # type: ignore[arg-type]
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    found = json.loads(answer.choices[0].message.content or "")
+    assert set(found) == {"colour", "warm"}
+    assert found["colour"] in ("red", "green", "blue")
+    assert isinstance(found["warm"], bool)
