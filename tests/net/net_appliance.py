@@ -187,13 +187,15 @@ def running(
     attester: Callable[[Any], Any] = lambda attester: attester,
     operator_dir: Path | None = None,
     operations: Operations | None = None,
+    engine: Any = None,
 ) -> Iterator[Appliance]:
-    """Start everything; `recorder` and `attester` may wrap what the service is given."""
+    """Start everything; `recorder` and `attester` may wrap what the service is given. `engine`: another than the
+    scripted one, which its maker closes."""
     code = directory / "code"
     code.mkdir()
     (code / "code.py").write_text("x = 1\n")
     machine = one_answer.start(directory / "log", code, operator_dir=operator_dir)
-    connections, engine = Connections(), ScriptedEngine()
+    connections, engine = Connections(), ScriptedEngine() if engine is None else engine
     service = Service(
         attester=attester(machine.attester),
         recorder=recorder(machine.recorder),
@@ -210,7 +212,8 @@ def running(
     try:
         yield appliance
     finally:
-        engine.hold.clear()
+        if isinstance(engine, ScriptedEngine):
+            engine.hold.clear()
         service.stop(grace_s=0.2)
         front_end.close()
         machine.recorder.close()

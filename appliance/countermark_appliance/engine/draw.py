@@ -32,10 +32,10 @@ def draw(
         return [], []
     marks = encode(fingerprint(logits, logits.shape[1]))
     histories = [row.history for row in rows] if histories is None else histories
-    params = [row.params for row in rows]
-    if any(row.mask is not None for row in rows):
-        logits, params = _barred(logits, rows)
-    ids = sample(logits, params, [row.length for row in rows], histories)
+    params, lengths = [row.params for row in rows], [row.length for row in rows]
+    if not any(row.mask is not None for row in rows):
+        return sample(logits, params, lengths, histories), marks
+    ids = sample(*_barred(logits, rows), lengths, histories)
     check_allowed(rows, ids)
     return ids, marks
 

@@ -122,9 +122,16 @@ class _Running:
     """The ticket of a step: pinned memory that its results are copied to, and the event behind the copies."""
 
     def __init__(
-        self, executor: GraphExecutor, rows: list[Row], results: Tensor, asked: list[int], likely: Tensor | None
+        self,
+        executor: GraphExecutor,
+        rows: list[Row],
+        results: Tensor,
+        asked: list[int],
+        likely: Tensor | None,
+        masked: bool,
     ) -> None:
         self._executor = executor
+        self._masked = masked
         self._rows = rows
         self._results = results
         self._asked = asked
@@ -143,11 +150,12 @@ class _Running:
             self._executor.doubt()
             raise wrong
         ids = found[:-1, 0].tolist()
-        try:
-            check_allowed(self._rows, ids)
-        except NumericsError:
-            self._executor.doubt()
-            raise
+        if self._masked:
+            try:
+                check_allowed(self._rows, ids)
+            except NumericsError:
+                self._executor.doubt()
+                raise
         marks = found[:-1, 1:].tobytes()
         drawn = [Drawn(token=token, fingerprint=marks[16 * i : 16 * i + 16]) for i, token in enumerate(ids)]
         if self._likely is not None:
@@ -290,7 +298,7 @@ class GraphExecutor:
                     places.append((len(rows), counts, bias))
                 wanted.append(len(tokens) - 1)
                 rows.append(row)
-        self._states.bar()
+        masked = self._states.bar()
         if len(rows) > self._max_rows:
             raise ValueError(f"parts: expected at most {self._max_rows} rows to draw, got {len(rows)}")
         cut = batch.cut(runs, self._model.decoder.heads, self._pool)
@@ -311,7 +319,7 @@ class GraphExecutor:
             fields = self._decode(inputs, cut)
         else:
             fields = self._mixed(inputs, cut, np.array(wanted, dtype=np.int32))
-        ticket = self._draw(rows, fields, stateful=bool(places))
+        ticket = self._draw(rows, fields, stateful=bool(places), masked=masked)
         self._drawn = len(rows)
         return ticket
 
@@ -456,7 +464,7 @@ class GraphExecutor:
                 graph.capture_end()
         return graph
 
-    def _draw(self, rows: list[Row], fields: Tensor, *, stateful: bool) -> _Running:
+    def _draw(self, rows: list[Row], fields: Tensor, *, stateful: bool, masked: bool) -> _Running:
         count = len(rows)
         logits = self._logits[:count]
         if self._observe is not None and rows:
@@ -477,7 +485,7 @@ class GraphExecutor:
             ids = self._scratch.ids.index_select(0, where).clamp(0, raw.shape[1] - 1)
             chosen = raw.gather(1, ids.unsqueeze(1)).view(torch.int32).long()
             likely = self._fetch(torch.cat((chosen, found), dim=1))
-        return _Running(self, rows, results, asked, likely)
+        return _Running(self, rows, results, asked, likely, masked)
 
     def _fetch(self, there: Tensor) -> Tensor:
         """A copy on the host that is complete when an event recorded from now on has passed."""

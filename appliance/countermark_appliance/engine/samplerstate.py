@@ -95,10 +95,10 @@ class States:
         biased = row.mask is not None or row.params.logit_bias
         return kept.counts if row.penalised else -1, kept.bias if biased else -1
 
-    def bar(self) -> None:
-        """Make the biases of the rows with a mask whose places were asked for since the last time."""
+    def bar(self) -> bool:
+        """Make the biases of the rows with a mask whose places were asked for since the last time. -> if there are."""
         if not self._masked:
-            return
+            return False
         masked, self._masked = self._masked, []
         biases = [allowed_bias(row.params, mask) if row.params.logit_bias else {} for _, row, mask in masked]
         at = [place * self._vocab + i for (place, _, _), found in zip(masked, biases, strict=True) for i in found]
@@ -119,6 +119,7 @@ class States:
         self._bias.tensor.index_copy_(0, there[0].long(), rows)
         if at:
             self._bias.tensor.view(-1).index_copy_(0, there[2].view(torch.int64), there[3].view(torch.float32))
+        return True
 
     def forget(self, key: object) -> None:
         kept = self._kept.pop(key, None)
