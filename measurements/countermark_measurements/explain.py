@@ -37,6 +37,7 @@ _CHANGED: Final = {
     "firmware": "another firmware ran than the one predicted from, or with other variables",
     "launch": "the machine was launched in another way than this shape: memory, processors, devices or VMM",
 }
+_LATE: Final = "what the machine extended after the firmware; no image determines it"
 _KINDS: Final = {
     DifferenceKind.MISSING: "what was predicted here was not measured",
     DifferenceKind.EXTRA: "something was measured that nobody predicted: an add-on, a credential, another boot entry",
@@ -46,11 +47,15 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a machine says of itself. `boot`: the values of its RTMR3, where a log of them came along."""
+    """What a machine says of itself. `boot`: the values of its RTMR3, where a log came along that replays to it.
+
+    `rtmr3`: what there is to say of that register.
+    """
 
     report: TdReport
     events: tuple[Event, ...]
     boot: BootEvents | None
+    rtmr3: str = _LATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +140,16 @@ def read_measured(quote: bytes, log: bytes | None) -> Measured:
     if log is not None:
         message = "LOG: expected none beside evidence or a bundle, which hold their own"
         raise UsageError(message, code="usage.log")
+    report = parse_quote(ours.quote).body
+    boot, said = None, f"{_LATE}; its log replays to it"
     try:
         boot = boot_events.parse_boot_log(ours.rtmr3_log)
-    except FormatError:  # said where RTMR3 is
-        boot = None
-    return Measured(report=parse_quote(ours.quote).body, events=eventlog.parse_event_log(ours.ccel).events, boot=boot)
+        if eventlog.replay(eventlog.parse_event_log(ours.rtmr3_log).events)[3] != report.rtmr3:
+            boot, said = None, f"{_LATE}; the log that came along does NOT replay to it"
+    except FormatError as err:
+        said = f"{_LATE}; the log that came along is not ours: {err}"
+    events = eventlog.parse_event_log(ours.ccel).events
+    return Measured(report=report, events=events, boot=boot, rtmr3=said)
 
 
 def explain(measured: Measured, image: Manifest, shape: str | None = None) -> Explanation:
@@ -160,9 +170,8 @@ def explain(measured: Measured, image: Manifest, shape: str | None = None) -> Ex
     ):
         registers.append(_rtmr(name, expected, index, measured, replayed[index], image, nearest))
     count = sum(event.extends and event.register == boot_events.REGISTER for event in measured.events)
-    reason = "what the machine extended after the firmware; no image determines it"
     registers.append(
-        Register(name="rtmr3", expected=None, found=report.rtmr3, events=count, difference=None, reason=reason)
+        Register(name="rtmr3", expected=None, found=report.rtmr3, events=count, difference=None, reason=measured.rtmr3)
     )
     registers += [
         Register(

@@ -136,6 +136,11 @@ def test_our_evidence_needs_no_other_log() -> None:
     found = explain(measured, sim_image())
     assert found.differing == ()
     assert measured.boot.weights_root.hex() in "\n".join(found.lines())
+    lying = Scene(evidence=lambda made: replace(made, rtmr3_log=Scene().make().rtmr3_log)).encoded()
+    foreign = Scene(evidence=lambda made: replace(made, rtmr3_log=made.ccel)).encoded()
+    for data in (lying, foreign):  # another start's log, another kind of log: nothing in it is shown
+        other_log = read_measured(data, None)
+        assert (other_log.boot, other_log.rtmr3 == measured.rtmr3) == (None, False)
     with pytest.raises(UsageError) as err:
         read_measured(evidence, b"log")
     assert err.value.code == "usage.log"
