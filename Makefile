@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := kernels/build_native.py $(wildcard kernels/countermark_kernels/native/*)
 
-.PHONY: demo test check web soak bench-cpu bench-gpu proto lock clients clean
+.PHONY: demo test check image image-check web soak bench-cpu bench-gpu proto lock clients clean
 
 demo: $(VENV)/demo.stamp
 	@$(BIN)/countermark demo
@@ -18,6 +18,14 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy client appliance kernels measurements
 	$(BIN)/lint-imports
+
+# The measured images, as root: about 300 MB of locked packages the first time. image/README.md says what is in them.
+image: $(VENV)/appliance.stamp
+	@for kind in production test; do $(BIN)/python image/build --kind $$kind || exit 1; done
+
+# Built a second time from nothing but the packages, in another folder; the first file that differs is named.
+image-check: $(VENV)/appliance.stamp
+	@$(BIN)/python image/build --kind production --check
 
 # The browser verifier, for whoever changes it: what comes out is committed, and the tests build it again. Needs npm.
 web:

@@ -221,7 +221,7 @@ def test_reach_follows_ours_and_names_the_others(tmp_path: Path) -> None:
 
 
 def test_byte_code_does_not_depend_on_what_was_compiled_before(tmp_path: Path) -> None:
-    """The builder keeps byte code by what it was made of: here with this Python, image/build --check with the image's."""
+    """The builder keeps byte code by what it was made of; image/build --check holds it with the image's Python."""
     folder = Path(os.__file__).parent
     names = ["argparse.py", "ast.py", "dataclasses.py", "enum.py", "inspect.py", "typing.py"]
     script = (
