@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 from countermark.bundle import MAX_BUNDLE_BYTES
-from countermark.errors import CountermarkError, RequestError, Unavailable
+from countermark.errors import CountermarkError, Recorded, RequestError, Unavailable
 from countermark.files import read_file
 from countermark.proxy import spoken, status
 from countermark.proxy.http import Reply, Request
@@ -127,7 +127,8 @@ class App:
         code = spoken.http_status(err)
         route = None if request is None or _path(request) not in _POSTED else _path(request)
         self._journal.note("refused", route=route, status=code, code=err.code, step=err.step)
-        headers = {"x-should-retry": "true" if err.code in spoken.AGAIN else "false"}
+        again = isinstance(err, Unavailable) and err.recorded is Recorded.NO and err.code != "proxy.error"
+        headers = {"x-should-retry": "true" if again else "false"}
         if isinstance(err, Unavailable) and err.retry_after_s is not None:
             headers["retry-after"] = str(max(1, round(err.retry_after_s)))
         if code == 401:

@@ -38,6 +38,7 @@ def add_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) 
     proxy.add_argument("--policy", type=Path, required=True, help="read anew for each appraisal")
     proxy.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="default: %(default)s")
     proxy.add_argument("--json", action="store_true", help="print where it listens as a JSON object on stdout")
+    proxy.add_argument("--node-key-file", type=Path, metavar="F", help="the key that the nodes' operator gave you")
     proxy.add_argument("--key-file", type=Path, metavar="F", help="answer only those who show the key in this file")
     proxy.add_argument(
         "--expose", action="store_true", help="allow --listen on an address that others reach (plain HTTP)"
@@ -80,9 +81,10 @@ def _proxy(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     load_policy(args.policy)
     endorsements = endorsements_cli.chosen(args)
+    key = None if args.node_key_file is None else _key(args.node_key_file, "--node-key-file").decode()
 
     def connected(address: str) -> Session:
-        return connect(address, load_policy(args.policy), timeout_s=_CONNECT_S, endorsements=endorsements)
+        return connect(address, load_policy(args.policy), timeout_s=_CONNECT_S, endorsements=endorsements, key=key)
 
     asyncio.run(serve(settings, connected, Journal(people=sys.stderr.isatty()), json_=args.json))
 
@@ -187,9 +189,9 @@ def _listen(text: str) -> tuple[str, int]:
     return parse_address(text)
 
 
-def _key(path: Path) -> bytes:
+def _key(path: Path, name: str = "--key-file") -> bytes:
     key = read_file(path, max_bytes=_KEY_CHARACTERS[1] + 2).strip()
     least, most = _KEY_CHARACTERS
     if not least <= len(key) <= most or not key.isascii() or any(byte <= 32 or byte == 127 for byte in key):
-        raise UsageError(f"--key-file: expected {least} to {most} visible characters", code="usage.proxy")
+        raise UsageError(f"{name}: expected {least} to {most} visible characters", code="usage.proxy")
     return key

@@ -80,10 +80,11 @@ class Relay:
 
     def _work(self) -> None:
         try:
-            stream = self._session.generate(**self._settings, timeout_s=self._timeout_s)
+            stream = self._session.start(**self._settings, timeout_s=self._timeout_s)
             self._stream = stream
             if self._cancelled:
                 stream.cancel()
+            stream.accept()
             self._post(stream.accepted)
             seen = 0
             for text in stream:

@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from countermark.errors import CountermarkError, RequestError, Unavailable
+from countermark.errors import CountermarkError, Recorded, RequestError, Unavailable
 from countermark.proxy import spoken
 from countermark.proxy.http import ClientGone, Reply
 from countermark.proxy.journal import Journal
@@ -30,8 +30,8 @@ from countermark.proxy.wanted import ANY_MODEL, Wanted
 from countermark.receipt import Accepted
 from countermark.session import Answer, TokenLogprob
 
-_NOTHING_RECORDED: Final = (*BUSY, "service.stopping", "session.closed", "request.model")
-"""Refusals that come before an INTENT, after which another node may be asked the same."""
+_THIS_NODE: Final = ("request.model", "access.key")
+"""Refusals of a request, before any INTENT, that another node may not share."""
 _STREAM: Final = {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
 _MOMENT_S: Final = 0.1
 
@@ -130,9 +130,9 @@ class Serving:
                     if not isinstance(err, CountermarkError):
                         raise
                     self._judge(node, err)
-                    if err.code not in _NOTHING_RECORDED and not self.settings.resend:
-                        raise _said(err, f"{err}; this node may have begun, so no other was asked") from err
-                    if err.code not in _NOTHING_RECORDED:
+                    if isinstance(err, Unavailable) and err.recorded is not Recorded.NO:
+                        if not self.settings.resend:
+                            raise _said(err, f"{err}; this node may have begun, so no other was asked") from err
                         lost.add(node.address)
                         resent = f"{node.address} {err.code}"
                     refusals.append(err)
@@ -149,14 +149,14 @@ class Serving:
                 )
             refused = worst(refusals, BUSY)
             left_s = began + self.settings.wait_s - time.monotonic()
-            if refused.code not in BUSY or left_s <= 0:
+            wait_s = max(_MOMENT_S, getattr(refused, "retry_after_s", None) or 0.0)
+            if refused.code not in BUSY or wait_s > left_s:
                 raise refused
-            wanted_s = getattr(refused, "retry_after_s", None) or _MOMENT_S
-            await asyncio.sleep(min(left_s, max(_MOMENT_S, wanted_s)))
+            await asyncio.sleep(wait_s)
 
     def _judge(self, node: Node, err: CountermarkError) -> None:
         """Raises what is not to be tried elsewhere; a node that broke a rule is given no more prompts."""
-        if isinstance(err, RequestError) and err.code != "request.model":
+        if isinstance(err, RequestError) and err.code not in _THIS_NODE:
             raise err
         if not isinstance(err, RequestError | Unavailable):
             node.condemn(err)
@@ -287,5 +287,7 @@ class Serving:
 def _said(err: CountermarkError, message: str) -> CountermarkError:
     """The same error in other words."""
     if isinstance(err, Unavailable):
-        return Unavailable(message, code=err.code, retry_after_s=err.retry_after_s)
+        said = Unavailable(message, code=err.code, retry_after_s=err.retry_after_s)
+        said.recorded = err.recorded
+        return said
     return type(err)(message, code=err.code, step=err.step, checks=err.checks)

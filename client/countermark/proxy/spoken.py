@@ -21,10 +21,11 @@ from countermark.receipt import Accepted, CheckedReceipt
 from countermark.session import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"
-BUSY: Final = ("engine.busy", "service.busy", "attest.rate", "proxy.busy")
+BUSY: Final = (
+    *("engine.busy", "service.busy", "attest.rate", "proxy.busy"),
+    *("quota.rate", "quota.concurrent", "quota.tokens"),
+)
 """Codes of a refusal before anything was recorded, to be asked again after a while."""
-AGAIN: Final = (*BUSY, "channel.connect", "channel.timeout", "service.stopping")
-"""Codes of a refusal after which libraries may ask again by themselves: nothing was sent, or nothing recorded."""
 _HTTP: Final[Mapping[str, int]] = {
     "proxy.key": 401,
     "proxy.host": 403,
@@ -36,6 +37,7 @@ _HTTP: Final[Mapping[str, int]] = {
     "proxy.slow": 408,
     "proxy.body": 413,
     "request.too_long": 413,
+    "access.key": 502,
     "proxy.media": 415,
     "proxy.headers": 431,
 }
@@ -182,7 +184,7 @@ def http_status(err: CountermarkError) -> int:
 
 def _kind(err: CountermarkError) -> str:
     if isinstance(err, RequestError):
-        return "authentication_error" if err.code == "proxy.key" else "invalid_request_error"
+        return "authentication_error" if err.code in ("proxy.key", "access.key") else "invalid_request_error"
     if isinstance(err, Unavailable):
         return "rate_limit_error" if err.code in BUSY else "unavailable_error"
     return "verification_error"
