@@ -22,7 +22,8 @@ from countermark.errors import FormatError
 from countermark.formats.reader import Reader
 
 MAX_IMAGE_BYTES: Final = 1 << 30
-MAX_SECTIONS: Final = 96
+MAX_SECTIONS: Final = 32
+MAX_FILL_BYTES: Final = 4 << 20  # of one section
 APPLICATION: Final = 10  # IMAGE_SUBSYSTEM_EFI_APPLICATION
 _X86_64: Final = 0x8664
 _PE32_PLUS: Final = 0x020B
@@ -114,8 +115,8 @@ def _section(reader: Reader, data: bytes) -> PeSection:
     if offset + raw_size > len(data) or size > MAX_IMAGE_BYTES or address + size > 1 << 32:
         raise FormatError(f"pe: expected section {raw_name.decode()} inside the file", code="pe.section")
     held = data[offset : offset + min(raw_size, size)]
-    # Zeros that the file does not have could fill memory without bound: only what sections in practice have.
-    if size - len(held) > 1 << 26:
+    # Zeros that the file does not have would fill memory without bound; a kernel has half a megabyte of them.
+    if size - len(held) > MAX_FILL_BYTES:
         raise FormatError(f"pe: expected section {raw_name.decode()} to be filled by the file", code="pe.section")
     content = held + bytes(size - len(held))
     return PeSection(name=raw_name.decode(), offset=offset, raw_size=raw_size, address=address, data=content)

@@ -11,7 +11,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -64,8 +64,10 @@ from countermark_appliance.config import parse_config
 from countermark_appliance.platform.sim import nvidia
 from countermark_appliance.platform.sim.machine import TdLaunch
 from countermark_appliance.replaying import parse_recorded
+from countermark_measurements import acpi, fat, tdvf, uki
 from fuzz import mutator
-from one_answer import REQUEST, World, make_world
+from measurements.predict import artefacts, test_tdvf
+from one_answer import REQUEST, World, make_world, request
 from sim_evidence import NOW, Scene, machine, policy_for
 
 OTS = Path(__file__).parents[1] / "data" / "ots"
@@ -92,6 +94,12 @@ def scene() -> evidence.Evidence:
 @cache
 def world() -> World:
     return make_world(Path(tempfile.mkdtemp(prefix="countermark-fuzz-")))
+
+
+def constrained() -> bytes:
+    """The INTENT of a request with a grammar."""
+    grammar = records.Grammar(kind="regex", text=bytes(32), library="llguidance", version="1.9.1", rules=1)
+    return records.encode_record(replace(world().committed.intent, grammar=grammar))
 
 
 def genuine(*patterns: str) -> list[bytes]:
@@ -293,6 +301,15 @@ TARGETS: dict[str, Target] = {
         seeds=lambda: [TPM_LOG.read_bytes(), TPM_LOG.read_bytes() + bytes(64)],
         covers=("formats.tpm_log.parse_tpm_log",),
     ),
+    # Of countermark-measure: `covers` is about the client's and the appliance's parsers.
+    "ACPI tables": Target(
+        parse=acpi.acpi_files,
+        seeds=lambda: [acpi.pad_tables(path.read_bytes()) for path in sorted(artefacts.SHAPES.glob("*.acpi.bin"))],
+        covers=(),
+    ),
+    "TDX metadata": Target(parse=tdvf.parse_tdvf, seeds=lambda: [test_tdvf.firmware()], covers=()),
+    "unified kernel image": Target(parse=uki.parse_uki, seeds=lambda: [artefacts.uki()], covers=()),
+    "FAT volume": Target(parse=fat.read_files, seeds=lambda: [artefacts.unpacked("fat12")], covers=()),
     "event list (JSON)": Target(
         parse=eventlog.parse_json_events,
         seeds=json_logs,
@@ -404,7 +421,7 @@ TARGETS: dict[str, Target] = {
     ),
     "INTENT": Target(
         parse=records.parse_intent,
-        seeds=lambda: [world().committed.acceptance.record],
+        seeds=lambda: [world().committed.acceptance.record, constrained()],
         covers=("formats.records.parse_intent", "formats.records.parse_record"),
         mutators=(mutator.mutate, mutator.mutate_cbor),
     ),
@@ -534,7 +551,7 @@ TARGETS: dict[str, Target] = {
     ),
     "request": Target(
         parse=asked.parse_request,
-        seeds=lambda: [REQUEST],
+        seeds=lambda: [REQUEST, request(json_schema='{"type": "object"}'), request(regex="é+")],
         covers=("asked.parse_request", "wire.codec.parse_generate_request", "wire.codec.parse_message"),
         errors=(FormatError, RequestError),
     ),

@@ -5,7 +5,7 @@ import struct
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from countermark.errors import FormatError
@@ -177,3 +177,18 @@ def test_arbitrary_changes_of_a_volume_give_files_or_a_refusal(at, noise):
         assert err.code.startswith("fat.")
     else:
         assert sum(len(content) for content in files.values()) <= len(VOLUME)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2000), st.binary(min_size=1, max_size=40))
+def test_arbitrary_changes_of_a_table_are_refused_or_leave_it_as_it_was(tmp_path, at, noise):
+    """Only the boot code and the disk signature of the first sector may change unseen."""
+    good = unpacked("gpt")
+    path = tmp_path / "disk"
+    path.write_bytes(good)
+    wanted = read_gpt(path)
+    path.write_bytes(patched(good, at, noise))
+    try:
+        assert read_gpt(path) == wanted
+    except FormatError as err:
+        assert err.code.startswith("gpt.")

@@ -5,6 +5,8 @@ import struct
 from uuid import UUID
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from countermark.errors import FormatError
 from countermark_measurements.tdvf import Order, SectionKind, mrtd, parse_tdvf
@@ -122,3 +124,16 @@ def test_truncated_images_are_refused():
     for end in range(0, len(image), 7):
         with pytest.raises(FormatError):
             parse_tdvf(image[:end])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 250), st.binary(min_size=1, max_size=40))
+def test_arbitrary_changes_of_the_metadata_give_sections_or_a_refusal(from_end, noise):
+    image = firmware()
+    at = max(len(image) - 250 + from_end, 0)
+    try:
+        found = parse_tdvf(image[:at] + noise + image[at + len(noise) :])
+    except FormatError as err:
+        assert err.code.startswith("tdvf.")
+    else:
+        assert len(mrtd(found, Order.TWO_PASSES)) == 48
