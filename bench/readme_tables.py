@@ -297,6 +297,7 @@ def appraisal_table(result: dict[str, Any]) -> str:
     names = {
         "session": "a session's evidence, by a process that has seen none of it",
         "session again": "the next connection to that node",
+        "new process": "the very first of a new process, imports done",
         "TDX files": "a genuine quote with Intel's endorsements",
         "GPU files": "a genuine H100 report with a driver RIM",
     }

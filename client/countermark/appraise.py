@@ -275,7 +275,7 @@ def appraise(
         parsed = parse_evidence(evidence)
         quote = parse_quote(parsed.quote)
         ccel = parse_event_log(parsed.ccel)
-        parse_event_log(parsed.rtmr3_log)
+        rtmr3_log = parse_event_log(parsed.rtmr3_log)
         claims = parse_claims(parsed.claims)
         tdx_endorsements = parse_endorsements(parsed.endorsements.tdx if endorsements is None else endorsements)
         gpu_evidence = parse_gpus(parsed)
@@ -310,7 +310,7 @@ def appraise(
 
     with steps.step("6") as detail:
         detail.append(verify_event_log(quote.body, ccel))
-        boot = verify_runtime_log(parsed.rtmr3_log, quote.body.rtmr3)
+        boot = verify_runtime_log(rtmr3_log, quote.body.rtmr3)
         if boot.image_id != image.image_id:
             message = f"image id in RTMR3: expected {image.image_id.hex()}, got {boot.image_id.hex()}"
             raise MeasurementError(message, code="measurement.image_id")

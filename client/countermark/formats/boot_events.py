@@ -92,7 +92,11 @@ def parse_boot_log(data: bytes) -> BootEvents:
     Raises `FormatError`: `rtmr3.order` for a missing, repeated, unknown or misplaced event, `rtmr3.after_ready`,
     `rtmr3.digest` when an event's digest is not that of its data, `rtmr3.value`, or a code of `eventlog`.
     """
-    log = eventlog.parse_event_log(data)
+    return read_boot_log(eventlog.parse_event_log(data))
+
+
+def read_boot_log(log: EventLog) -> BootEvents:
+    """What a log parsed before says. Raises as `parse_boot_log`, less the codes of `eventlog`."""
     if log.padding or log.spec != SpecId(register=REGISTER):
         raise FormatError("rtmr3: expected our header and no padding", code="rtmr3.header")
     values: list[object] = []

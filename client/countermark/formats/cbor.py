@@ -1,6 +1,6 @@
 """Deterministic CBOR (RFC 8949 section 4.2.1): the only serialisation of our own signed structures.
 
-`decode` accepts exactly what `encode` produces: it re-encodes and compares, so that one value has one byte string
+`decode` accepts exactly what `encode` produces, item by item as it reads, so that one value has one byte string
 (definite lengths, shortest heads and floats, map keys sorted by encoded bytes, no duplicate keys, no trailing bytes).
 Values are limited to int, float (finite), bytes, str, bool, None, tuple/list, dict with str or int keys, and CBORTag.
 
@@ -16,6 +16,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -55,10 +56,15 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     if len(data) > max_bytes:
         raise FormatError(f"cbor: expected at most {max_bytes} bytes, got {len(data)}", code="cbor.too_long")
     _check_items(data)
-    value, _ = _read(data, 0, 0)
-    if encode(value) != data:
-        raise FormatError("cbor: expected the deterministic encoding (RFC 8949 4.2.1)", code="cbor.not_deterministic")
+    value, end = _read(data, 0, 0)
+    if end != len(data):
+        raise _another(f"the end at offset {end}, got {len(data) - end} more bytes")
     return value
+
+
+def _another(expected: str) -> FormatError:
+    message = f"cbor: expected the deterministic encoding (RFC 8949 4.2.1): {expected}"
+    return FormatError(message, code="cbor.not_deterministic")
 
 
 def _head(out: bytearray, major: int, number: int) -> None:
@@ -166,7 +172,7 @@ def _check_items(data: bytes) -> None:
 
 
 def _read(data: bytes, offset: int, depth: int) -> tuple[Any, int]:
-    """The item at `offset` and the offset behind it. That its form is the one `encode` gives, the caller compares."""
+    """The item at `offset` and the offset behind it: of every item, the one form that `encode` gives."""
     if depth > MAX_DEPTH:
         raise FormatError(f"cbor: nested deeper than {MAX_DEPTH}", code="cbor.malformed")
     major, info = divmod(_take(data, offset, 1)[0], 32)
@@ -182,6 +188,8 @@ def _read(data: bytes, offset: int, depth: int) -> tuple[Any, int]:
         size = 1 << (info - 24)
         number = int.from_bytes(_take(data, offset, size), "big")
         offset += size
+        if number < (24 if size == 1 else 1 << (4 * size)):
+            raise _another(f"the shortest head of {number}")
     match major:
         case 0:
             return number, offset
@@ -198,16 +206,30 @@ def _read(data: bytes, offset: int, depth: int) -> tuple[Any, int]:
             value, offset = _read(data, offset, depth + 1)
             return cbor2.CBORTag(number, value), offset
     _take(data, offset, number)  # an item has at least one byte: no count can ask for more than came
-    items = []
-    for _ in range(number if major == 4 else 2 * number):
-        item, offset = _read(data, offset, depth + 1)
-        items.append(item)
     if major == 4:
+        items = []
+        for _ in range(number):
+            item, offset = _read(data, offset, depth + 1)
+            items.append(item)
         return items, offset
-    keys = items[::2]
+    return _read_map(data, offset, number, depth + 1)
+
+
+def _read_map(data: bytes, offset: int, count: int, depth: int) -> tuple[dict[str | int, Any], int]:
+    keys: list[Any] = []
+    encoded: list[bytes] = []
+    values: list[Any] = []
+    for _ in range(count):
+        key, end = _read(data, offset, depth)
+        keys.append(key)
+        encoded.append(data[offset:end])
+        value, offset = _read(data, end, depth)
+        values.append(value)
     if any(isinstance(key, bool) or not isinstance(key, str | int) for key in keys):
         raise FormatError("cbor: expected map keys of type str or int", code="cbor.type")
-    return dict(zip(keys, items[1::2], strict=True)), offset
+    if any(before >= after for before, after in pairwise(encoded)):  # so that no key comes twice, either
+        raise _another(f"map keys in the order of their bytes, got {keys!r:.200}")
+    return dict(zip(keys, values, strict=True)), offset
 
 
 def _read_simple(data: bytes, offset: int, info: int) -> tuple[float | bool | None, int]:
@@ -216,7 +238,12 @@ def _read_simple(data: bytes, offset: int, info: int) -> tuple[float | bool | No
     if info not in _FLOATS:
         raise FormatError(f"cbor: expected false, true, null or a float, got {info}", code="cbor.type")
     size = struct.calcsize(_FLOATS[info])
-    return struct.unpack(_FLOATS[info], _take(data, offset, size))[0], offset + size
+    (value,) = struct.unpack(_FLOATS[info], _take(data, offset, size))
+    shortest = bytearray()
+    _write_float(shortest, value)
+    if shortest != data[offset - 1 : offset + size]:
+        raise _another(f"the shortest form of {value}")
+    return value, offset + size
 
 
 def _take(data: bytes, offset: int, count: int) -> bytes:

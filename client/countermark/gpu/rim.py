@@ -39,7 +39,7 @@ _HASH: Final = "{http://www.w3.org/2001/04/xmlenc#sha384}Hash"
 _NVDEC0_INDEX: Final = 35
 _VBIOS: Final = re.compile(r"[0-9A-Fa-f]{2}(\.[0-9A-Fa-f]{2}){4}")
 _VERSION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,2}")
+_NUMBERS: Final = {str(number): number for number in range(254)}  # as they are written, and no other way
 _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2}){1,128}")
 
 
@@ -209,9 +209,10 @@ def _reference(item: etree._Element) -> Reference | None:
 
 def _number(item: etree._Element, name: str, most: int) -> int:
     text = item.get(name, "")
-    if not _NUMBER.fullmatch(text) or int(text) > most:
+    number = _NUMBERS.get(text)
+    if number is None or number > most:
         raise _malformed(f"{name}: expected 0 to {most}, got {text:.20}")
-    return int(text)
+    return number
 
 
 def compare(report: Report, rim: Rim) -> Comparison:

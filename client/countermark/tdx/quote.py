@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import dcap_qvl
@@ -50,7 +51,12 @@ class Platform:
 
 
 def _chain(raw: Quote) -> tuple[x509.Certificate, ...]:
-    return x509chain.parse_pem_chain(raw.pck_chain_pem, "quote")
+    return _parse_chain(raw.pck_chain_pem)
+
+
+@lru_cache(maxsize=16)  # asked for three times in one appraisal
+def _parse_chain(pem: bytes) -> tuple[x509.Certificate, ...]:
+    return x509chain.parse_pem_chain(pem, "quote")
 
 
 def verify_root(quote: Quote, policy: Policy) -> None:

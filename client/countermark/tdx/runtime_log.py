@@ -12,19 +12,20 @@ from __future__ import annotations
 from countermark.errors import FormatError, MeasurementError
 from countermark.formats import boot_events, eventlog
 from countermark.formats.boot_events import BootEvents
+from countermark.formats.eventlog import EventLog
 
 
-def verify_runtime_log(data: bytes, rtmr3: bytes) -> BootEvents:
+def verify_runtime_log(log: EventLog, rtmr3: bytes) -> BootEvents:
     """Step 6, second log: grammar, digests, and replay to `rtmr3`.
 
     Raises `MeasurementError` with step 6: the grammar's codes (`rtmr3.order`, `rtmr3.after_ready`, `rtmr3.digest`,
-    `rtmr3.value`, `rtmr3.kind`, `rtmr3.header`, `eventlog.*`, `cbor.*`) or `rtmr3.replay`.
+    `rtmr3.value`, `rtmr3.kind`, `rtmr3.header`, `cbor.*`) or `rtmr3.replay`.
     """
     try:
-        boot = boot_events.parse_boot_log(data)
+        boot = boot_events.read_boot_log(log)
     except FormatError as err:
         raise MeasurementError(str(err), code=err.code, step="6") from err
-    replayed = eventlog.replay(eventlog.parse_event_log(data).events)[3]
+    replayed = eventlog.replay(log.events)[3]
     if replayed != rtmr3:
         message = f"rtmr3: expected {replayed.hex()} after its {len(boot_events.NAMES)} events, got {rtmr3.hex()}"
         raise MeasurementError(message, code="rtmr3.replay", step="6")
