@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,3 +254,12 @@ def test_old_clients_are_told_what_to_do() -> None:
     assert "revoked" in message
     assert bad.hex() in message
     assert "countermark policy pin" not in message  # nothing the client could pin would make it right
+
+
+def test_it_needs_no_more_than_a_verifier() -> None:
+    """The lock of the client is enough: no engine is loaded, nor anything of the appliance."""
+    code = "import sys, countermark_measurements.cli; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(done.stdout.split())
+    assert "countermark_measurements" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "countermark_appliance", "countermark_kernels"}
