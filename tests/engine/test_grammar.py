@@ -337,6 +337,41 @@ def test_what_is_refused(grammars: Grammars, kind: str, text: str, code: str) ->
     assert ids(grammars.compile("regex", "a").walk().mask) == [TOKENS.index(b"a")]
 
 
+@given(st.one_of(st.text(max_size=12), st.text("ab01[](){}|?*+^$\\\\.,-:!<>=PpLxsi", max_size=16)), st.integers(0, 99))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_is_an_expression_or_refused(grammars: Grammars, text: str, seed: int) -> None:
+    try:
+        compiled = grammars.compile("regex", text)
+    except RequestError as err:
+        assert err.code in ("request.grammar", "request.grammar_cost")
+    else:
+        spelled(compiled, random.Random(seed), most=12)
+
+
+KEYWORDS = (
+    *("type", "enum", "const", "items", "properties", "required", "anyOf", "allOf", "$ref", "pattern", "x", "not"),
+    *("minimum", "maxLength", "additionalProperties", "if", "format", "multipleOf", "prefixItems"),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=4)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+@given(VALUES, st.integers(0, 99))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_is_a_schema_or_refused(grammars: Grammars, value: object, seed: int) -> None:
+    try:
+        compiled = grammars.compile("json_schema", json.dumps(value))
+    except RequestError as err:
+        assert err.code in ("request.grammar", "request.grammar_cost")
+        return
+    text = spelled(compiled, random.Random(seed), most=30)
+    if text is not None:
+        json.loads(text)
+
+
 def test_the_judge_may_die(grammars: Grammars) -> None:
     process = grammars._judge._process
     assert process is not None
