@@ -79,12 +79,16 @@ def add_commands(commands: Any, command: Command) -> None:
     witness.add_argument("source", metavar="SOURCE", help="directory or https URL")
     witness.add_argument("--state", type=Path, required=True, metavar="DIR", help="what was cosigned last; keep it")
     witness.add_argument("--key", type=Path, required=True, metavar="FILE", help="of `log keygen`")
-    witness.add_argument(
+    kind = witness.add_mutually_exclusive_group()
+    kind.add_argument(
         "--operator",
         action="append",
         default=[],
         metavar="VKEY",
         help="both keys of an operator log, or a file of them; without, SOURCE is a start's log, under its own keys",
+    )
+    kind.add_argument(
+        "--measurements", action="append", default=[], metavar="VKEY", help="likewise, of a measurement log"
     )
     witness.add_argument("--out", type=Path, metavar="FILE", help="write the cosigned checkpoint here, too")
     when = witness.add_mutually_exclusive_group()
@@ -221,8 +225,9 @@ def _proven(opened: Opened, head: Checkpoint, proof: tuple[bytes, ...]) -> dict[
 def _witness(args: argparse.Namespace) -> None:
     keys = load_keys(args.key, passphrase=read_passphrase(args.passphrase_file))
     source = logsource.static(args.source)
-    if args.operator:
-        witness = Witness(args.state, keys, *log_keys(read_vkeys(args.operator)))
+    if args.operator or args.measurements:
+        rules = Rules.OPERATOR if args.operator else Rules.MEASUREMENTS
+        witness = Witness(args.state, keys, *log_keys(read_vkeys(args.operator or args.measurements)), rules=rules)
     else:
         witness = Witness(args.state, keys, *_own_keys(source), rules=Rules.BOOT)
     stop = threading.Event()
@@ -250,7 +255,8 @@ def _round(args: argparse.Namespace, witness: Witness, source: Source) -> None:
         size = 0 if seen is None else seen.size
         return _print(args, {"cosigned": None, "size": size}, f"nothing new: {size} leaves")
     head = signed.log.checkpoint
-    if args.operator and (folder := Path(args.source)).is_dir():  # a start's checkpoint is its node's to write
+    published = args.operator or args.measurements
+    if published and (folder := Path(args.source)).is_dir():  # a start's checkpoint is its node's to write
         cosigned.add_lines(folder, signed.log.note, signed.lines)
     text = encode_note(Note(text=checkpoint_text(head), signatures=signed.lines))
     if args.out is not None:

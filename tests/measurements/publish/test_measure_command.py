@@ -17,7 +17,10 @@ from countermark.errors import CountermarkError
 from countermark.formats import boot_events
 from countermark.formats.boot_events import BootEvents
 from countermark.formats.manifest import ImageKind, parse_envelope, parse_manifest
+from countermark.logkeys import verify_signature
 from countermark.policy import Policy, load_policy, pin
+from countermark.tlog.cosignature import parse_vkey, verify_cosignatures
+from countermark.tlog.proof import parse_proof
 from countermark_appliance.platform.sim import measure
 from countermark_measurements import cli
 from countermark_measurements.prediction import to_json
@@ -263,3 +266,24 @@ def test_it_needs_no_more_than_a_verifier() -> None:
     loaded = set(done.stdout.split())
     assert "countermark_measurements" in loaded
     assert not loaded & {"torch", "numpy", "transformers", "countermark_appliance", "countermark_kernels"}
+
+
+def test_witnesses_can_follow_the_log(office: Office) -> None:
+    """What they cosign stands on the head; published again, a manifest's proof carries it."""
+    office.release("one")
+    key, state = str(office.path / "witness.key"), str(office.path / "witness")
+    vkeys, _ = office.client("log", "keygen", "witness.example/1", "--out", key)
+    words = ("log", "witness", office.published(""), "--state", state, "--key", key, "--measurements")
+    out, _ = office.client(*words, office.published("vkeys"))
+    assert "1 leaves" in out
+    proof = office.path / "pub" / "manifests" / "1.tlog-proof"
+    assert b"witness.example/1" not in proof.read_bytes()
+    files = (str(office.path / "one.json"), office.published(""))
+    office.run("publish", *files, "--keys", str(office.path / "keys"))
+    note = parse_proof(proof.read_bytes()).checkpoint
+    named = verify_cosignatures(note, list(map(parse_vkey, vkeys.split())), verify_signature)
+    assert named == ("witness.example/1",)
+    office.pin(1, "--log", office.published("vkeys"), *office.signers())
+    office.release("two")
+    out, _ = office.client(*words, office.published("vkeys"))
+    assert "2 leaves" in out
