@@ -10,7 +10,8 @@ firmware, which the VMM has added (type 0, system memory); the rest is type 7, u
 present, initialized, tested. Ranges are not joined again.
 
 Memory of the q35 machine (`hw/i386/pc_q35.c`): up to 2.75 GiB lies below 4 GiB; of more, 2 GiB lie below and the rest
-begins at 4 GiB. `max-ram-below-4g` can lower that limit. i440fx has other limits and no use here.
+begins at 4 GiB, also beyond 1 TiB on the Intel processors that have TDX. `max-ram-below-4g` can lower that limit.
+i440fx has other limits and no use here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from countermark.errors import FormatError
 from countermark_measurements.tdvf import SectionKind, Tdvf
 
 ABOVE: Final = 1 << 32
-MAX_MEMORY_BYTES: Final = 1 << 40  # beyond it QEMU moves memory for some CPUs, which was never tried here
+MAX_MEMORY_BYTES: Final = 1 << 46
 _SPLIT_FROM: Final = 0xB0000000
 _LOW_WHEN_SPLIT: Final = 0x80000000
 _SYSTEM_MEMORY: Final = 0

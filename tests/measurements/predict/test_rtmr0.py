@@ -127,7 +127,7 @@ def test_memory_of_q35(memory, limit, ranges):
     assert list(memory_ranges(memory, max_below_4g=limit)) == ranges
 
 
-@pytest.mark.parametrize("memory", [0, 4095, 1 << 41])
+@pytest.mark.parametrize("memory", [0, 4095, 1 << 47])
 def test_memory_refused(memory):
     with pytest.raises(FormatError) as caught:
         memory_ranges(memory)
