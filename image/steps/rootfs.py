@@ -128,6 +128,7 @@ def build_rootfs(repository: Path, kind: Kind, base: Path, target: Path, tools: 
             write(target / "usr/lib/countermark/sim" / path, (sim_state / path).read_bytes())
     compile_python(target, tools)
     check_rootfs(target, kind)
+    try_rootfs(target)
 
 
 def install_code(repository: Path, kind: Kind, target: Path, tools: Tools) -> None:
@@ -261,6 +262,38 @@ def check_rootfs(target: Path, kind: Kind) -> None:
             raise BuildError(f"{path} in a {kind.name} image")
         if not kind.simulated and any(part in f"/{path}" for part in ("/platform/sim/", "/platform/vtpm/")):
             raise BuildError(f"{path}: a simulated platform in a {kind.name} image")
+
+
+_TRY: Final = """
+import importlib, pathlib, sys
+site = pathlib.Path("/usr/lib/python3/dist-packages")
+for path in sorted((site / "countermark_appliance").rglob("*.py")):
+    name = ".".join(path.relative_to(site).with_suffix("").parts).removesuffix(".__init__")
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+import countermark_kernels, torch
+assert (torch.ones(3, 3) @ torch.ones(3, 3)).sum() == 27
+countermark_kernels.kernel_digest()
+"""
+
+
+def try_rootfs(target: Path) -> None:
+    """Import all of the appliance in the tree, as a user who can change nothing; raises `BuildError` if that fails.
+
+    Needs /dev/urandom and /dev/null there meanwhile.
+    """
+    nodes = [(target / "dev/null", 3), (target / "dev/urandom", 9)]
+    try:
+        for path, minor in nodes:
+            os.mknod(path, 0o20666, os.makedev(1, minor))
+            path.chmod(0o666)
+        command = ["chroot", "--userspec=65534:65534", str(target), "/usr/bin/python3", "-I", "-B", "-c", _TRY]
+        done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=False)
+    finally:
+        for path, _ in nodes:
+            path.unlink(missing_ok=True)
+    if done.returncode:
+        raise BuildError(f"the service does not load in the image: {done.stderr.strip()[-2000:]}")
 
 
 def _leads_somewhere(target: Path, path: str) -> bool:

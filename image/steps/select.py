@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -19,8 +20,22 @@ from .errors import BuildError
 LIBRARY_PATH: Final = ("usr/lib/x86_64-linux-gnu", "usr/lib")
 
 
-def parse_keep(text: str, kinds: Iterable[str]) -> list[tuple[bool, str, re.Pattern[str]]]:
-    """The patterns that hold for these kinds, in order: (keep or drop, as written, compiled)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of keep.txt."""
+
+    line: str
+    keep: bool
+    begin: str  # up to its first wildcard: rules most paths out, and fast
+    whole: re.Pattern[str]
+
+    def matches(self, path: str) -> bool:
+        """Whether the pattern names this path."""
+        return path.startswith(self.begin) and self.whole.fullmatch(path) is not None
+
+
+def parse_keep(text: str, kinds: Iterable[str]) -> list[Rule]:
+    """The lines that hold for these kinds, in order."""
     wanted, rules, active = set(kinds), [], True
     for full in text.splitlines():
         line = full.split("#", 1)[0].strip()
@@ -29,8 +44,9 @@ def parse_keep(text: str, kinds: Iterable[str]) -> list[tuple[bool, str, re.Patt
         if line.startswith("["):
             active = line == "[all]" or line[1:-1] in wanted
         elif active:
-            keep, pattern = not line.startswith("!"), line.removeprefix("!")
-            rules.append((keep, line, re.compile(_regex(pattern))))
+            pattern = line.removeprefix("!")
+            begin = re.split(r"[*?]", pattern, maxsplit=1)[0]
+            rules.append(Rule(line=line, keep=line == pattern, begin=begin, whole=re.compile(_regex(pattern))))
     return rules
 
 
@@ -51,19 +67,19 @@ def walk(root: Path) -> list[str]:
     return sorted(found)
 
 
-def select(root: Path, rules: list[tuple[bool, str, re.Pattern[str]]], what: str) -> list[str]:
+def select(root: Path, rules: list[Rule], what: str) -> list[str]:
     """The paths below `root` that the rules keep. Raises `BuildError` for rules that match nothing."""
     matched: set[str] = set()
     kept = []
     for path in walk(root):
         decision = False
-        for keep, line, pattern in rules:
-            if pattern.fullmatch(path):
-                decision = keep
-                matched.add(line)
+        for rule in rules:
+            if rule.matches(path):
+                decision = rule.keep
+                matched.add(rule.line)
         if decision:
             kept.append(path)
-    if idle := [line for _, line, _ in rules if line not in matched]:
+    if idle := [rule.line for rule in rules if rule.line not in matched]:
         raise BuildError(f"{what}: no file matches {', '.join(idle)}")
     return kept
 

@@ -51,8 +51,8 @@ def test_a_pattern_that_matches_nothing_ends_the_build(tmp_path: Path) -> None:
 
 def test_lines_for_one_kind_are_not_another_s() -> None:
     text = "a\n[development]\nusr/bin/sh\n[gpu]\nb\n[all]\nc\n"
-    assert [line for _, line, _ in parse_keep(text, ("production", "cpu"))] == ["a", "c"]
-    assert [line for _, line, _ in parse_keep(text, ("development", "cpu"))] == ["a", "usr/bin/sh", "c"]
+    assert [rule.line for rule in parse_keep(text, ("production", "cpu"))] == ["a", "c"]
+    assert [rule.line for rule in parse_keep(text, ("development", "cpu"))] == ["a", "usr/bin/sh", "c"]
 
 
 def test_a_link_brings_its_target_and_never_leaves_the_root(tmp_path: Path) -> None:
