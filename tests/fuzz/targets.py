@@ -264,6 +264,16 @@ root = "aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55"
 dir = "log"
 [engine]
 threads = 2
+[telemetry]
+metrics = "127.0.0.1:9464"
+otlp_url = "http://collector:4317"
+logs = "json"
+[[key]]
+name = "team-a"
+sha256 = "bb55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55aa55"
+requests_per_minute = 60
+tokens_per_day = 100000
+concurrent = 4
 """
 
 
@@ -395,7 +405,7 @@ TARGETS: dict[str, Target] = {
     "node configuration": Target(
         parse=lambda data: parse_config(data, base=Path("/")),
         seeds=lambda: [NODE],
-        covers=("config.parse_config", "config.parse_address"),
+        covers=("config.parse_config", "config.parse_address", "operations.quotas.parse_keys"),
         errors=(ConfigError,),
     ),
     "bundle": Target(
