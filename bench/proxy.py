@@ -1,6 +1,7 @@
 """What the proxy costs before a first token: the same question asked directly and through it, in turns.
 
-Three processes on one machine: a node (simulated platform, SmolLM2), `countermark proxy`, and this one, which asks
+Three processes on one machine: a node (simulated platform, real TLS, records and receipts; a scripted model, whose own
+time would only hide what is measured), `countermark proxy`, and this one, which asks
   direct   a session of the library, from `generate` to the first text
   proxy    plain HTTP on a connection that stays open, from the request's first byte to the first text of the stream
   openai   the same through the `openai` package, whose own time is in it
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,14 +26,18 @@ from pathlib import Path
 
 import openai
 
-from benchlib import HERE, built_weights, machine, say
+from benchlib import HERE, machine, say
 
 sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "net"))
 
+import net_appliance
+
+import one_answer
+from countermark.policy import encode_policy, load_policy
 from countermark.session import Session, connect
-from node_files import write_node
 
-ROUNDS = 200
+ROUNDS = 600
 TARGET_MS = 3.0
 ASKED = "What is the capital of France?"
 TOKENS = 4
@@ -40,9 +46,9 @@ TOKENS = 4
 @contextmanager
 def started(directory: Path, *command: str) -> Iterator[str]:
     """A process of ours; yields where it says that it listens."""
-    log = directory / f"{command[1]}.log"
+    log = directory / f"{len(command)}.log"
     with log.open("w") as out:
-        words = (sys.executable, "-m", *command)
+        words = (sys.executable, *command)
         process = subprocess.Popen(words, cwd=directory, stdout=subprocess.PIPE, stderr=out, text=True)
     try:
         assert process.stdout is not None
@@ -52,6 +58,15 @@ def started(directory: Path, *command: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+def serve_node(directory: Path) -> None:
+    """The node's process: writes the policy that accepts it, says where it listens, serves until it is stopped."""
+    one_answer.NOW = net_appliance.NOW = int(time.time())
+    with net_appliance.running(directory) as node:
+        (directory / "policy.toml").write_text(encode_policy(node.machine.policy))
+        print(json.dumps({"listening": node.address}), flush=True)
+        signal.sigwait({signal.SIGTERM})
 
 
 def directly(session: Session) -> float:
@@ -105,13 +120,18 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "proxy.json")
+    parser.add_argument("--serve-node", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve_node is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        serve_node(args.serve_node)
+        return 0
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        policy = write_node(directory, built_weights())
-        serve = ("countermark_appliance.cli", "serve", "--config", "node.toml")
-        proxying = ("countermark.cli", "proxy", "--policy", "policy.toml", "--listen", "127.0.0.1:0", "--json")
+        serve = (__file__, "--serve-node", name)
+        proxying = ("-m", "countermark.cli", "proxy", "--policy", "policy.toml", "--listen", "127.0.0.1:0", "--json")
         with started(directory, *serve) as node, started(directory, *proxying, node) as address:
+            policy = load_policy(directory / "policy.toml")
             host, _, port = address.rpartition(":")
             with (
                 connect(node, policy) as session,
