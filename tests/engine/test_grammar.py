@@ -6,6 +6,7 @@ Also what a grammar may not do: take long, change a neighbour, change a bit of a
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import random
@@ -645,3 +646,26 @@ def test_what_the_library_says_does_not_depend_on_its_optimisations() -> None:
                 break
             token = int(rng.choice(list(allowed)))
             assert all(matcher.consume_token(token) for matcher in matchers)
+
+
+GOLDEN = {
+    ("regex", "(foo|ba[rz])+"): b"foobar",
+    ("regex", r"\p{L}{2}\d?.(?s:.)"): "éa9!\n".encode(),
+    ("json_schema", json.dumps(PERSON)): '{ "name":"é\\n","age": 12, "tags":["x"]}'.encode(),
+    ("json_schema", '{"type": "number", "multipleOf": 0.25, "maximum": 7}'): b"6.75",
+}
+KNOWN = {"1.9.1": "f71396333c884a88d37d6d9557100844be0bf0353ff61999908c5f957cf2cf2f"}
+
+
+def test_the_masks_are_those_of_this_version_everywhere() -> None:
+    """A version that is not listed has other masks, or the same: look, and list it; with other rules, count RULES up."""
+    trie = grammarlib.vocabulary([bytes([byte]) for byte in range(256)])
+    digest = hashlib.sha256()
+    for (kind, text), spelled_out in GOLDEN.items():
+        matcher = grammarlib.compiled(trie, kind, text)
+        for byte in spelled_out:
+            digest.update(matcher.compute_bitmask())
+            assert matcher.consume_token(byte), (text, byte)
+        assert matcher.is_accepting()
+        digest.update(matcher.compute_bitmask())
+    assert digest.hexdigest() == KNOWN[grammarlib.version()]
