@@ -158,6 +158,6 @@ def _digest(value: Any, name: str) -> bytes:
         data = bytes.fromhex(value) if isinstance(value, str) else b""
     except ValueError:
         data = b""
-    if len(data) != 32:
-        raise FormatError(f"image.{name}: expected a SHA-256 in hex", code="image.digest")
+    if len(data) != 32 or data.hex() != value:
+        raise FormatError(f"image.{name}: expected a SHA-256 in lower-case hex", code="image.digest")
     return data

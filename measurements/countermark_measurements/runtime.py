@@ -46,8 +46,8 @@ def predict_runtime(
         root = bytes.fromhex(table["root"]) if isinstance(table, dict) else b""
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise FormatError("config: expected TOML with weights.root", code="runtime.config") from err
-    if len(root) != 32:
-        raise FormatError("config: expected weights.root of 64 hex digits", code="runtime.config")
+    if len(root) != 32 or root.hex() != table["root"]:
+        raise FormatError("config: expected weights.root of 64 lower-case hex digits", code="runtime.config")
     digest = hashlib.sha256(config).digest()
     values: list[object] = [image_id, digest, root]
     if kernel_digest is not None and profile is not None:
