@@ -43,10 +43,11 @@ def predict_runtime(
         raise FormatError(message, code="runtime.config")
     try:
         table = tomllib.loads(config.decode()).get("weights")
-        root = bytes.fromhex(table["root"]) if isinstance(table, dict) else b""
-    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        text = table.get("root") if isinstance(table, dict) else None
+        root = bytes.fromhex(text) if isinstance(text, str) else b""
+    except (ValueError, RecursionError) as err:
         raise FormatError("config: expected TOML with weights.root", code="runtime.config") from err
-    if len(root) != 32 or root.hex() != table["root"]:
+    if len(root) != 32 or root.hex() != text:
         raise FormatError("config: expected weights.root of 64 lower-case hex digits", code="runtime.config")
     digest = hashlib.sha256(config).digest()
     values: list[object] = [image_id, digest, root]
