@@ -658,7 +658,7 @@ KNOWN = {"1.9.1": "f71396333c884a88d37d6d9557100844be0bf0353ff61999908c5f957cf2c
 
 
 def test_the_masks_are_those_of_this_version_everywhere() -> None:
-    """A version that is not listed has other masks, or the same: look, and list it; with other rules, count RULES up."""
+    """A version that is not listed may have other masks: look, and list it. Ask otherwise, and count RULES up."""
     trie = grammarlib.vocabulary([bytes([byte]) for byte in range(256)])
     digest = hashlib.sha256()
     for (kind, text), spelled_out in GOLDEN.items():
