@@ -343,6 +343,29 @@ def records_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def proxy_table(result: dict[str, Any]) -> str:
+    """Time to the first token, directly and through the proxy."""
+    machine, found, overhead = result["machine"], result["first_token"], result["overhead"]
+    names = {
+        "direct": "a session of the library",
+        "proxy": "the proxy, over plain HTTP",
+        "openai": "the proxy, through the `openai` package",
+    }
+    lines = ["| to the first token, no engine | best | median | 95 % |", "|---|---|---|---|"]
+    for way, name in names.items():
+        shown = [f"{found[way][key]:.1f} ms" for key in ("best_ms", "median_ms", "p95_ms")]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    cost, target = overhead["median_ms"], result["target_ms"]
+    lines += [
+        "",
+        f"{result['rounds']} rounds in turns on a machine that others were using; within a round the proxy took",
+        f"{cost:.1f} ms longer (median; the aim, at most {target:g} ms, is {'met' if cost <= target else 'missed'}).",
+        f"{machine['cpu']}, {machine['cores']} shared cores, {machine['date']}; `bench/proxy.py`,",
+        "[numbers](bench/results/proxy.json).",
+    ]
+    return "\n".join(lines)
+
+
 def engine_section(file: Path) -> str:
     """The engine on a GPU, or that nobody has measured it."""
     if not file.exists():
@@ -360,6 +383,7 @@ def rendered() -> dict[str, str]:
         "engine": engine_section(RESULTS / "gpu-engine.json"),
         "appraisal": appraisal_table(json.loads((RESULTS / "appraisal.json").read_text())),
         "records": records_table(json.loads((RESULTS / "records.json").read_text())),
+        "proxy": proxy_table(json.loads((RESULTS / "proxy.json").read_text())),
         "cpu": cpu_table(json.loads((RESULTS / "cpu.json").read_text())),
         "linear": linear_table(json.loads((RESULTS / "gpu-linear.json").read_text())),
         "attention": attention_table(json.loads((RESULTS / "gpu-attention.json").read_text())),
