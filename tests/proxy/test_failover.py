@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from net_appliance import Appliance, Wrapped, running
 from net_helpers import Relay
 from proxy_helpers import QUICK, Proxy, text_of, wait_until
 
 import one_answer
+from countermark import session
 from countermark.errors import Unavailable
 from countermark.formats.records import Kind
 from countermark.proxy.settings import NodeLimits
+from countermark.session import Stream
 
 BODY = {"messages": [{"role": "user", "content": "three words"}], "max_tokens": 3}
 
@@ -170,3 +173,32 @@ def test_no_prompt_under_a_verdict_that_is_too_old(appliance: Appliance) -> None
         allowed[0] = True
         wait_until(lambda: proxy.app.upstream.nodes[0].is_ready)
         assert proxy.chat()[0] == 200
+
+
+def test_a_stream_refused_below_the_protocol_was_not_recorded(
+    appliance: Appliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HTTP/2's own refusal (REFUSED_STREAM) says that nothing was processed: the request may be sent again."""
+
+    class Refused(grpc.RpcError, grpc.Call):
+        code = staticmethod(lambda: grpc.StatusCode.UNAVAILABLE)
+        details = staticmethod(lambda: "Stream removed (Received RST_STREAM with error code 7)")
+        trailing_metadata = initial_metadata = staticmethod(lambda: ())
+        is_active = cancel = staticmethod(lambda: False)
+        time_remaining = add_callback = staticmethod(lambda *_: None)
+
+    genuine, refused = Stream._read, []
+
+    def once(self: Stream) -> Any:
+        if not refused:
+            self.cancel()
+            refused.append(1)
+            raise session._translated(Refused(), self._channel)
+        return genuine(self)
+
+    with Proxy.of(appliance) as proxy:
+        monkeypatch.setattr(Stream, "_read", once)
+        status, headers, data = proxy.request("POST", "/v1/chat/completions", BODY)
+        assert (status, refused) == (200, [1])
+        assert b'"verified":true' in data
+        assert "x-countermark-resent" not in headers
