@@ -31,9 +31,17 @@ _CONNECT_S: Final = 15.0
 _KEY_CHARACTERS: Final = (16, 512)
 
 
+_EXAMPLES: Final = """examples:
+  countermark proxy 127.0.0.1:9443 --policy demo-out/policy.toml
+      then base_url="http://127.0.0.1:8080/v1" in any OpenAI client; http://127.0.0.1:8080/ shows nodes and receipts
+  countermark proxy node1:9443 node2:9443 --policy policy.toml --bundles answers --bundle-all
+      two nodes, tried in this order; every answer is kept with its proof"""
+
+
 def add_command(commands: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add `proxy`. `command(commands, name, run, text, json_=...)` makes one parser."""
-    proxy = command(commands, "proxy", _proxy, "an OpenAI-compatible endpoint on this machine, every answer verified")
+    """Add `proxy`. `command(commands, name, run, text, examples=...)` makes one parser."""
+    text = "an OpenAI-compatible endpoint on this machine, every answer verified"
+    proxy = command(commands, "proxy", _proxy, text, examples=_EXAMPLES)
     proxy.add_argument("nodes", nargs="+", metavar="HOST:PORT", help="nodes, in the order in which they are tried")
     proxy.add_argument("--policy", type=Path, required=True, help="read anew for each appraisal")
     proxy.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="default: %(default)s")
