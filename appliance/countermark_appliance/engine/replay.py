@@ -1,9 +1,9 @@
 """Run recorded answers again on this machine: `audit` by teacher-forced passes, `regenerate` token by token.
 
 `audit_many` packs many answers into its passes (see `audit.py`). `assemble` and `spell` redo what happened before and
-after the model: input to ids, ids to text and end, by the code that served them. Satisfies `countermark.replayer.Runner`
-structurally; plain types only. Not checked here: that a record is genuine; the caller has verified it. That it can be
-run at all is checked: a record may be genuine and absurd.
+after the model: input to ids, ids to text and end, by the code that served them. Satisfies
+`countermark.replayer.Runner` structurally; plain types only. Not checked here: that a record is genuine; the caller has
+verified it. That it can be run at all is checked: a record may be genuine and absurd.
 """
 
 from __future__ import annotations
