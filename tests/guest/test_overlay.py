@@ -55,7 +55,7 @@ def test_the_order_is_prepare_log_service():
     mount = settings(UNITS / "run-countermark-log.mount")["Mount"]
     assert mount["What"] == [f"/{prepare.RUN}/devices/log"]
     assert mount["Where"] == [f"/{prepare.RUN}/log"]
-    assert {"nodev", "nosuid", "noexec"} <= set(mount["Options"][0].split(","))
+    assert {"nodev", "nosuid", "noexec", "nosymfollow"} <= set(mount["Options"][0].split(","))
 
 
 def test_the_service_can_do_nothing_that_root_can():
@@ -65,6 +65,19 @@ def test_the_service_can_do_nothing_that_root_can():
         assert service[key] == ["yes"], key
     assert service["ProtectSystem"] == ["strict"]
     assert service["LimitCORE"] == ["0"]
+
+
+def test_the_service_sees_no_socket_of_the_managers():
+    """The manager takes orders from any process of root that reaches /run/systemd/private."""
+    service = settings(UNITS / "countermark.service")["Service"]
+    assert service["TemporaryFileSystem"] == ["/run:ro"]
+    bound = " ".join(service["BindReadOnlyPaths"] + service["BindPaths"]).split()
+    assert [path for path in bound if path.lstrip("-").startswith("/run")] == [
+        *(f"/{prepare.RUN}/{name}" for name in ("node.toml", "weights")),
+        "-/run/systemd/resolve",
+        f"/{prepare.RUN}/log",
+    ]
+    assert "/sys" in bound
 
 
 def test_the_commands_are_ours_and_need_no_shell():
