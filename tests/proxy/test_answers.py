@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from net_appliance import Appliance
@@ -12,6 +14,7 @@ from countermark.bundle import read_bundle
 from countermark.formats.records import Kind
 from countermark.proxy.spoken import fingerprint
 from countermark.verify import verify_bundle
+from countermark_appliance.engine.request import DoneEvent, Event, Finish
 from one_answer import NOW
 
 WORDS = "one two three "
@@ -145,6 +148,36 @@ def test_a_node_refuses_before_anything_is_recorded(proxy: Proxy, appliance: App
     status, found = proxy.chat("", max_tokens=2)
     assert (status, found["error"]["code"]) == (400, "request.prompt_empty")
     assert len(appliance.kinds()) == before
+
+
+def test_a_form_that_leads_nowhere_is_the_requests_fault(
+    proxy: Proxy, appliance: Appliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may ask could else have a node left alone for minutes, for everybody."""
+    genuine = appliance.engine.submit
+
+    def submit(prepared: Any, sink: Any, *rest: Any) -> Any:
+        def end(event: Event) -> None:
+            stuck = isinstance(event, DoneEvent)
+            sink(replace(event, reason=Finish.ERROR, detail="grammar: stuck", by_grammar=True) if stuck else event)
+
+        return genuine(prepared, end, *rest)
+
+    withheld = proxy.status()["nodes"][0]["withheld"]
+    with monkeypatch.context() as patch:
+        patch.setattr(appliance.engine, "submit", submit)
+        status, found = proxy.chat()
+        assert (status, found["error"]["code"], found["error"]["type"]) == (
+            400,
+            "generation.grammar",
+            "invalid_request_error",
+        )
+        *_, last, cut = proxy.stream()
+        assert (last["error"]["code"], cut) == ("generation.grammar", "cut")
+    assert proxy.chat()[0] == 200
+    node = proxy.status()["nodes"][0]
+    assert (node["state"], node["withheld"]) == ("verified", withheld)
+    assert proxy.status()["receipts"][1]["state"] == "ended"
 
 
 def test_held_back_until_all_of_it_is_verified(proxy: Proxy) -> None:

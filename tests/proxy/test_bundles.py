@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from net_appliance import Appliance
 from proxy_helpers import Proxy
 
+from countermark.errors import RequestError
+from countermark.proxy.guard import Guard
+from countermark.proxy.http import Request
+from countermark.proxy.ledger import Keeper
 from countermark.proxy.settings import Bundles
 
 
@@ -49,3 +54,25 @@ def test_no_folder(appliance: Appliance) -> None:
         assert proxy.chat(headers={"x-countermark-hold": "yes"})[1]["error"]["code"] == "proxy.header"
         assert proxy.request("GET", "/countermark/bundles/x")[0] == 404
         assert proxy.status()["bundles"] is None
+
+
+@pytest.mark.parametrize(
+    "where", ["../other/{}", "./{}", "{folder}/../other/{}", "{other}/{}", "{}/.", "%2e%2e/other/{}"]
+)
+def test_no_bundle_of_another_folder(tmp_path: Path, where: str) -> None:
+    """A name is no path, not even to a file that could be one of ours."""
+    folder, other = tmp_path / "bundles", tmp_path / "other"
+    keeper = Keeper(Bundles(folder=folder))
+    name = "20261122T190000.000000Z-0123456789abcdef.cmk"
+    other.mkdir()
+    for place in (folder, other):
+        (place / name).write_bytes(b"")
+    assert keeper.find(name) == keeper.find("0123456789abcdef") == folder / name
+    with pytest.raises(RequestError) as caught:
+        keeper.find(where.format(name, folder=folder, other=other))
+    assert caught.value.code == "proxy.bundle"
+
+
+def test_no_key_in_a_repr() -> None:
+    guard, head = Guard(listen="127.0.0.1", key=b"sesame-open"), {"authorization": "Bearer sesame-open"}
+    assert "sesame" not in repr(guard) + repr(Request(method="GET", path="/", headers=head, body=b"sesame"))

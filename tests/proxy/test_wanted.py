@@ -136,6 +136,7 @@ def test_refused_by_name(more: dict[str, Any], param: str) -> None:
         ({"logprobs": 3}, "logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": True}}, "logit_bias"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": "yes"}, "stream"),
         ({"messages": "hello"}, "messages"),

@@ -13,7 +13,7 @@ import hmac
 import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from countermark.errors import RequestError
@@ -43,7 +43,7 @@ class Guard:
     listen: str
     hosts: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
-    key: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
 
     def check_browser(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Headers that let an allowed page read the answer. Raises `RequestError` (`proxy.host`, `proxy.origin`)."""

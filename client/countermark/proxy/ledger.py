@@ -104,8 +104,8 @@ class Keeper:
         if re.fullmatch(r"[0-9a-f]{8,64}", name):
             found = next(iter(self._bundles.folder.glob(f"*-{name}{SUFFIX}")), None)
         else:
-            found = self._bundles.folder / name
-        if found is None or not _NAME.fullmatch(found.name) or not found.is_file():
+            found = self._bundles.folder / name if _NAME.fullmatch(name) else None  # a name, not a path
+        if found is None or not found.is_file():
             raise RequestError("bundle: no such bundle is kept here", code="proxy.bundle")
         return found
 

@@ -80,6 +80,8 @@ class Relay:
 
     def _work(self) -> None:
         try:
+            if self._cancelled:  # before anything was sent
+                return
             stream = self._session.start(**self._settings, timeout_s=self._timeout_s)
             self._stream = stream
             if self._cancelled:

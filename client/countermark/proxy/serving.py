@@ -238,15 +238,19 @@ class Serving:
         return await asyncio.get_running_loop().run_in_executor(self.chores, self.keeper.save, answer, receipt)
 
     def _withhold(self, running: _Running, err: CountermarkError) -> None:
-        """There is no answer: it did not verify, or it did not come to its end."""
-        if isinstance(err, Unavailable):
+        """There is no answer: it did not verify, or it did not come to its end.
+
+        A request that the node gave up on (a grammar that leads nowhere) says nothing of the node: else whoever may ask
+        could have it left alone.
+        """
+        if isinstance(err, Unavailable | RequestError):
             self._note(running, "ended", code=err.code)
             return
         running.node.condemn(err)
         self._note(running, "withheld", code=err.code, step=err.step or "", checks=outline(err.checks))
 
     async def _refuse(self, err: CountermarkError, running: _Running, reply: Reply) -> None:
-        status = 503 if isinstance(err, Unavailable) else 502
+        status = 503 if isinstance(err, Unavailable) else 400 if isinstance(err, RequestError) else 502
         headers = {"x-should-retry": "false"}  # the node has begun: asking again is another request
         await reply.send_json(status, spoken.error_body(err, receipt=running.receipt), headers)
 

@@ -238,7 +238,8 @@ class Node:
         ]
         for link in self._links:
             if link not in kept:
-                self._executor.submit(link.session.close)
+                with contextlib.suppress(RuntimeError):  # the proxy is ending, and closes them all
+                    self._executor.submit(link.session.close)
         self._links = kept
 
 

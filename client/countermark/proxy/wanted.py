@@ -236,6 +236,8 @@ def _bias(given: _Given) -> dict[int, float] | None:
             raise wrong("logit_bias", "token ids as names")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
             raise wrong("logit_bias", "numbers as values")
+        if int(token) in found:  # "1" and "01": one of them would be left out
+            raise wrong("logit_bias", "each token once")
         found[int(token)] = bias
     return found or None
 
