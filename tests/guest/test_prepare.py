@@ -125,6 +125,10 @@ def replaced(old: str, new: str) -> bytes:
         (replaced('dir = "weights"', 'dir = "weights/../../../mnt"'), "guest.config_path"),
         (replaced('dir = "log"', 'dir = "/var/log"'), "guest.config_path"),
         (replaced('dir = "log"', 'dir = "log/../../x"'), "guest.config_path"),
+        (replaced('dir = "log"', 'dir = "log"\noperator_dir = "/proc/self"'), "guest.config_path"),
+        (replaced("[log]", '[endorsements]\ndir = "weights"\n[log]'), "guest.config_path"),
+        (replaced("[log]", '[endorsements]\ngpu_dir = "/run/log"\n[log]'), "guest.config_path"),
+        (replaced("[log]", '[endorsements]\nca_file = "log/../node.toml"\n[log]'), "guest.config_path"),
     ],
 )  # fmt: skip
 def test_a_config_disk_that_is_refused(tmp_path, mapper, data, code):
@@ -135,6 +139,16 @@ def test_a_config_disk_that_is_refused(tmp_path, mapper, data, code):
     assert refused.value.code == code
     assert mapper.calls == []
     assert not (tmp_path / "run/countermark/node.toml").exists()
+
+
+def test_a_host_may_choose_its_own_files_on_the_log_disk(tmp_path, mapper):
+    machine = Machine(tmp_path)
+    endorsements = '[endorsements]\ndir = "log/pcs"\ngpu_dir = "log/rims"\nca_file = "log/ca.pem"\n'
+    machine.put(
+        "dev/vdc", replaced('[log]\ndir = "log"', endorsements + '[log]\ndir = "log/a"\noperator_dir = "log/b"')
+    )
+    config, _, _ = run(machine)
+    assert config.log_operator_dir == tmp_path / "run/countermark/log/b"
 
 
 @given(st.binary(min_size=1, max_size=9000).filter(lambda text: b"\0" not in text))

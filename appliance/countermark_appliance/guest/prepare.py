@@ -9,7 +9,7 @@
    programs and devices, at /run/countermark/log
  5 the module loader is closed until power-off
 
-In the config, paths are relative to /run/countermark: `weights.dir = "weights"`, `log.dir = "log"`.
+In the config, paths are relative to /run/countermark: `weights.dir = "weights"`, the rest on the log disk below `log`.
 Not done here: measuring (`platform.attester`), mounting, and any judgement of what the log disk holds.
 """
 
@@ -87,13 +87,29 @@ def _config(sysfs: Sysfs, disk: Disk) -> Config:
     text = strip_padding(data)
     folder = sysfs.root / RUN
     config = parse_config(text, base=folder)
-    for key, path, wanted in (("weights.dir", config.weights_dir, "weights"), ("log.dir", config.log_dir, "log")):
+    for key, path, wanted in _paths(config):
         inside = path.parts[: len(folder.parts) + 1] == (*folder.parts, wanted) and ".." not in path.parts
         if not inside or (wanted == "weights" and path != folder / wanted):
             message = f"{key}: expected {wanted!r}, where an image has it, got {str(path)!r:.80}"
             raise ConfigError(message, code="guest.config_path")
     _write_once(folder / "node.toml", text)
     return config
+
+
+def _paths(config: Config) -> list[tuple[str, Path, str]]:
+    """Key, path, and the place it must lie in. A host may choose among its own files, never among the machine's.
+
+    Not `platform.state`: only a test image has use for it, and its keys are public.
+    """
+    named = (
+        ("weights.dir", config.weights_dir, "weights"),
+        ("log.dir", config.log_dir, "log"),
+        ("log.operator_dir", config.log_operator_dir, "log"),  # what lies there is handed to clients
+        ("endorsements.dir", config.endorsements_dir, "log"),
+        ("endorsements.gpu_dir", config.endorsements_gpu_dir, "log"),
+        ("endorsements.ca_file", config.endorsements_ca_file, "log"),
+    )
+    return [(key, path, place) for key, path, place in named if path is not None]
 
 
 def _weights(sysfs: Sysfs, disks: Disks, root: bytes) -> int:
