@@ -278,6 +278,7 @@ JUSTIFIED = {  # they bound other fields, or what may be pinned, or decide elsew
     "max_validity_days": "as created",
     "manifest_signers": "manifest.signer, in tests/policy/test_pin.py and step 19 in tests/bundle",
     "manifest_version": "manifest.rolled_back, in tests/policy/test_pin.py",
+    "manifest_log": "manifest.unlogged, in tests/measurements/publish: what may be pinned",
     "revoked_images": "policy.image and manifest.revoked, in tests/policy",
     "operator_log": "no part of an appraisal: what is asked of a log is checked after it, by `countermark.witness`",
     "witnesses": "as operator_log",

@@ -64,13 +64,14 @@ def verify_registers(
         differing.append((image.image_id != claimed, len(names), image, shape, names[0]))
     _, _, image, shape, name = min(differing, key=lambda item: item[:2])
     wanted_value, found = _expected(image, shape)[name], getattr(report, name)
-    message = f"{name}: expected {wanted_value.hex()}, got {found.hex()} (image {image.image_id.hex()}, {shape.name})"
-    if name.startswith("rtmr"):
-        message += f"; {_explained(image, shape, ccel, int(name[4]), found)}"
-    if claimed in revoked:
+    message = f"{name}: expected {wanted_value.hex()}, got {found.hex()}"
+    if claimed in revoked:  # what to do comes before what differs from an image that was not meant
         message += f"; the node says it runs image {claimed.hex()}, which its publisher has revoked: {_UPDATE}"
     elif all(known.image_id != claimed for known in images):
         message += f"; the node says it runs image {claimed.hex()}, which this policy does not pin: {_PIN}"
+    message += f"; compared with image {image.image_id.hex()}, {shape.name}"
+    if name.startswith("rtmr"):
+        message += f": {_explained(image, shape, ccel, int(name[4]), found)}"
     raise MeasurementError(message, code=f"measurement.{name}", step="5")
 
 
