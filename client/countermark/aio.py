@@ -118,8 +118,10 @@ class AsyncSession:
 
     async def close(self) -> None:
         """End the connection, and with it what runs on it. Idempotent."""
-        await asyncio.get_running_loop().run_in_executor(None, self._session.close)
-        self._pool.shutdown(wait=False)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._session.close)
+        finally:
+            self._pool.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self

@@ -41,7 +41,7 @@ class Retry:
 
         A server that asks for more than the longest wait is taken at its word.
         """
-        own_s = min(self.first_wait_s * 2.0 ** (attempt - 1), self.longest_wait_s)
+        own_s = min(self.first_wait_s * 2.0 ** min(attempt - 1, 64), self.longest_wait_s)
         wait_s = max(own_s, err.retry_after_s or 0.0)
         if attempt >= self.attempts or wait_s > self.longest_wait_s or err.recorded is not Recorded.NO:
             return None

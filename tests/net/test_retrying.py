@@ -46,6 +46,7 @@ def test_waits_grow_to_a_bound_and_the_server_s_advice_counts() -> None:
     assert retrying(calls, retry, sleep=slept.append) == 6
     for waited, least in zip(slept, [1.0, 2.0, 4.0, 4.0, 4.0], strict=True):
         assert least <= waited <= least * 1.25
+    assert Retry(attempts=9999, longest_wait_s=1.0).wait_s(5000, unavailable())  # no number is too large
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from countermark.errors import ConfigError, CountermarkError, RequestError, Unav
 from countermark.session import connect
 from countermark_appliance.operations import logs
 from countermark_appliance.operations.metrics import Metrics, MetricsPort
-from countermark_appliance.operations.observing import Watchers
+from countermark_appliance.operations.observing import Watcher, Watchers
 from countermark_appliance.operations.quotas import Key, Quotas, new_key
 from countermark_appliance.operations.traces import Traces
 from countermark_appliance.operations.watching import Operations, nothing_done
@@ -225,5 +225,18 @@ def test_a_watcher_that_fails_harms_nothing(caplog: pytest.LogCaptureFixture) ->
     both.accepted()
     both.ended(nothing_done(""))
     assert told == ["accepted", "ended"]
+    assert "ValueError" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_watcher_that_cannot_begin_keeps_no_place(caplog: pytest.LogCaptureFixture) -> None:
+    class Bad:
+        def watch(self, name: str, metadata: object) -> Watcher:
+            raise ValueError(SECRET)
+
+    key, digest = new_key()
+    operations = Operations(quotas=Quotas([Key(name="a", sha256=digest, concurrent=1)]), traces=Bad())
+    for _ in range(3):
+        operations.admit("generate", {"authorization": f"Bearer {key}"}).ended(nothing_done(""))
     assert "ValueError" in caplog.text
     assert SECRET not in caplog.text

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Protocol
 
+from countermark_appliance.faults import describe
 from countermark_appliance.operations.observing import Ended, Watcher, Watchers
 from countermark_appliance.operations.quotas import Quotas
+
+_log = logging.getLogger(__name__)
 
 
 class Metrics(Protocol):
@@ -36,14 +40,19 @@ class Operations:
         self._traces = traces
 
     def admit(self, name: str, metadata: Mapping[str, str]) -> Watcher:
-        """Who is to be told of a request that is let in. Raises as `Quotas.admit` does."""
+        """Who is to be told of a request that is let in. Raises as `Quotas.admit` does, and nothing once it is let in:
+        a place that was taken is given back by the end of a request, so there must be one.
+        """
         watchers: list[Watcher] = []
         if (lease := self._quotas.admit(metadata)) is not None:
             watchers.append(lease)
-        if self._metrics is not None:
-            watchers.append(self._metrics.watch())
-        if self._traces is not None:
-            watchers.append(self._traces.watch(name, metadata))
+        try:
+            if self._metrics is not None:
+                watchers.append(self._metrics.watch())
+            if self._traces is not None:
+                watchers.append(self._traces.watch(name, metadata))
+        except Exception as err:  # noqa: BLE001
+            _log.error("watcher: unexpected %s", describe(err))
         return Watchers(watchers)
 
     def refused(self, code: str) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -123,13 +123,15 @@ class Node:
 
         Raises why there is none: what `connect` raises, or did not long ago; `Unavailable` (`proxy.busy`).
         """
-        while True:
-            link = self._free()
-            if link is not None:
-                link.active += 1
-                link.used = time.monotonic()
-                return link
+        link = self._free()
+        if link is None:
             await self._attest()
+            link = self._free()  # nobody came between
+        if link is None:  # not once more: a node that ends every connection would keep us at it
+            raise Unavailable(f"{self.address}: its connection ended as soon as it was made", code="channel.lost")
+        link.active += 1
+        link.used = time.monotonic()
+        return link
 
     def release(self, link: Link) -> None:
         link.active -= 1
@@ -187,11 +189,14 @@ class Node:
             if not renew and sum(map(self._usable, self._links)) >= self._limits.sessions:
                 message = f"{self.address}: {self._limits.sessions} connections are full"
                 raise Unavailable(message, code="proxy.busy", retry_after_s=1.0)
-            loop = asyncio.get_running_loop()
+            opening = self._executor.submit(self._connect, self.address)
             try:
-                session = await loop.run_in_executor(self._executor, self._connect, self.address)
+                session = await asyncio.wrap_future(opening)
             except CountermarkError as err:
                 self._refuse(err)
+                raise
+            except asyncio.CancelledError:
+                opening.add_done_callback(_discard)  # who waited for it has left: nobody would ever close it
                 raise
             self._admit(session)
 
@@ -241,6 +246,11 @@ class Node:
                 with contextlib.suppress(RuntimeError):  # the proxy is ending, and closes them all
                     self._executor.submit(link.session.close)
         self._links = kept
+
+
+def _discard(opening: Future[Session]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _model(session: Session) -> str | None:
