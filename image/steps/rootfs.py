@@ -20,7 +20,7 @@ from typing import Final
 
 from .errors import BuildError
 from .fetch import fetch_packages, unpack_packages, unpack_wheels
-from .folders import link_or_copy, unpacked, write
+from .folders import link_or_copy, remove, unpacked, write
 from .imports import modules_below, reach
 from .locks import DebianLock
 from .select import below, close, parse_keep, resolve_links, select, walk
@@ -38,6 +38,7 @@ FOLDERS: Final = ("dev", "proc", "run", "sys", "tmp", "var/tmp", "root")
 SIMULATION: Final = ("countermark_appliance.platform.sim", "countermark_appliance.platform.vtpm")
 CODE: Final = {"countermark": "client", "countermark_appliance": "appliance", "countermark_kernels": "kernels"}
 CODE_SUFFIXES: Final = (".py", ".c", ".h")  # the C sources are what the numerics' digest is made of
+NATIVE: Final = "kernels/countermark_kernels/native"
 COMPILERS: Final = 2
 GPU_ONLY: Final = ("triton", "pynvml")
 SYSTEMD_PACKAGES: Final = ("systemd", "libsystemd-shared", "systemd-resolved", "mount", "e2fsprogs")
@@ -53,10 +54,7 @@ class Kind:
     @property
     def sets(self) -> tuple[str, ...]:
         """The sets of debian.lock that its files come from."""
-        extra = (["rootfs-gpu"] if self.variant == "gpu" else []) + (
-            ["rootfs-development"] if self.name == "development" else []
-        )
-        return ("rootfs", *extra)
+        return ("rootfs", f"rootfs-{self.variant}", *(["rootfs-development"] if self.name == "development" else []))
 
     @property
     def simulated(self) -> bool:
@@ -71,7 +69,8 @@ def unpack_base(kind: Kind, lock: DebianLock, cache: Path, debs: Path, saved: Pa
     def make(target: Path) -> None:
         unpack_packages(fetch_packages(packages, debs, saved), target)
         for link, text in ALTERNATIVES.items():
-            (target / link).symlink_to(text)
+            if (target / link).parent.is_dir():
+                (target / link).symlink_to(text)
         set_modes(target)
 
     content = "\n".join(package.line() for package in packages)
@@ -128,7 +127,7 @@ def build_rootfs(repository: Path, kind: Kind, base: Path, target: Path, tools: 
             write(target / "usr/lib/countermark/sim" / path, (sim_state / path).read_bytes())
     compile_python(target, tools)
     check_rootfs(target, kind)
-    try_rootfs(target)
+    try_rootfs(target, () if kind.variant == "gpu" else GPU_ONLY)
 
 
 def install_code(repository: Path, kind: Kind, target: Path, tools: Tools) -> None:
@@ -171,18 +170,20 @@ def _absent(kind: Kind) -> tuple[str, ...]:
 
 
 def build_native(repository: Path, target: Path, tools: Tools) -> None:
-    """The native kernels with the tools root's compiler, as kernels/build_native.py calls any other."""
-    place = tools.root / "build" / "native"
-    if place.exists():
-        shutil.rmtree(place)
-    shutil.copytree(repository / "kernels/countermark_kernels/native", place / "countermark_kernels/native")
-    shutil.copy(repository / "kernels/build_native.py", place)
-    tools.run("/usr/bin/python3.13", "-I", place / "build_native.py")
-    library = place / "countermark_kernels/_native.so"
-    if not library.is_file():
-        raise BuildError("the native kernels were not built")
-    write(target, library.read_bytes(), 0o755)
-    shutil.rmtree(place)
+    """The native kernels with the tools root's compiler, as kernels/build_native.py calls any other; kept by source."""
+    sources = [repository / "kernels/build_native.py", *sorted((repository / NATIVE).iterdir())]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sources)).hexdigest()
+    kept = tools.root / "build" / "native" / f"{digest}.so"
+    if not kept.is_file():
+        place = tools.root / "build" / "compile"
+        remove(place)
+        shutil.copytree(repository / NATIVE, place / "countermark_kernels/native")
+        shutil.copy(repository / "kernels/build_native.py", place)
+        tools.run("/usr/bin/python3.13", "-I", place / "build_native.py")
+        kept.parent.mkdir(exist_ok=True)
+        (place / "countermark_kernels/_native.so").replace(kept)
+        remove(place)
+    write(target, kept.read_bytes(), 0o755)
 
 
 def lay_over(overlay: Path, target: Path) -> None:
@@ -269,26 +270,31 @@ import importlib, pathlib, sys
 site = pathlib.Path("/usr/lib/python3/dist-packages")
 for path in sorted((site / "countermark_appliance").rglob("*.py")):
     name = ".".join(path.relative_to(site).with_suffix("").parts).removesuffix(".__init__")
-    if not name.endswith("__main__"):
-        importlib.import_module(name)
+    try:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
+    except ModuleNotFoundError as err:
+        if err.name not in sys.argv[1:]:
+            raise
 import countermark_kernels, torch
 assert (torch.ones(3, 3) @ torch.ones(3, 3)).sum() == 27
 countermark_kernels.kernel_digest()
 """
 
 
-def try_rootfs(target: Path) -> None:
+def try_rootfs(target: Path, absent: tuple[str, ...]) -> None:
     """Import all of the appliance in the tree, as a user who can change nothing; raises `BuildError` if that fails.
 
-    Needs /dev/urandom and /dev/null there meanwhile.
+    `absent`: packages that this variant may lack. /dev/urandom and /dev/null are there meanwhile.
     """
     nodes = [(target / "dev/null", 3), (target / "dev/urandom", 9)]
     try:
         for path, minor in nodes:
             os.mknod(path, 0o20666, os.makedev(1, minor))
             path.chmod(0o666)
-        command = ["chroot", "--userspec=65534:65534", str(target), "/usr/bin/python3", "-I", "-B", "-c", _TRY]
-        done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=False)
+        command = ["chroot", "--userspec=65534:65534", str(target), "/usr/bin/python3", "-I", "-B", "-c", _TRY, *absent]
+        env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True, check=False)
     finally:
         for path, _ in nodes:
             path.unlink(missing_ok=True)
