@@ -41,11 +41,13 @@ web:
 	cp web/dist/verify.html docs/verify.html
 
 # The same questions again and again: 64 rounds among neighbours, 200 kills of the log, every binary32 through SiLU, then
-# the determinism suite, whose report is bench/results/determinism-cpu.json, and a million inputs for every parser.
+# the determinism suite, whose report is bench/results/determinism-cpu.json, 200 clients for five minutes
+# (bench/results/load.json), and a million inputs for every parser.
 soak: $(VENV)/dev.stamp
 	@echo "running for an hour or two; the output goes to bench/results/soak.txt and fuzz.txt"
 	@(date -u +"make soak, %F"; grep -m1 "model name" /proc/cpuinfo; $(BIN)/pytest -m slow --no-header -v --durations=0 && \
 		$(BIN)/python bench/determinism.py && \
+		$(BIN)/python bench/load.py --out bench/results/load.json && \
 		$(BIN)/python tests/fuzz/driver.py --inputs 1000000 --out bench/results/fuzz.txt 2>&1) \
 		> bench/results/soak.txt; status=$$?; \
 		cat bench/results/soak.txt; exit $$status
