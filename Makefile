@@ -17,7 +17,7 @@ test: $(VENV)/dev.stamp
 # must be refused in. Two machines at a time; a quarter of an hour on two cores.
 test-system: $(VENV)/dev.stamp
 	@[ -f image/out/development-cpu/disk.raw ] || $(BIN)/python image/build --kind development
-	$(BIN)/pytest -q -n 2 --dist loadgroup -m boot --durations=0 tests/system/boot
+	$(BIN)/pytest -q -n 2 --dist loadfile -m boot --durations=0 tests/system/boot
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -64,7 +64,8 @@ def console(serial: Path) -> str:
 @contextmanager
 def boot(disks: Disks, serial: Path, *, shape: Path = SHAPE, qemu: Sequence[str] = ()) -> Iterator[Machine]:
     """A machine that serves, stopped at the end as Ctrl-C stops it. Raises `NotReady`."""
-    command = [str(ROOT / "image" / "boot"), "--port", "0", "--timeout", str(BOOT_S), "--shape", str(shape)]
+    command = [sys.executable, str(ROOT / "image" / "boot"), "--shape", str(shape)]
+    command += ["--port", "0", "--timeout", str(BOOT_S)]
     for name, option in (("root", "disk"), ("weights", "weights"), ("config", "config"), ("log", "log")):
         command += [f"--{option}", str(getattr(disks, name))]
     started = time.monotonic()
@@ -142,9 +143,8 @@ def client(*arguments: str | Path, timeout_s: float = 300) -> Said:
     return run("countermark.cli", *arguments, timeout_s=timeout_s)
 
 
-def image_program(name: str, *arguments: str | Path) -> None:
-    """`image/NAME` of the operator's, which must succeed."""
-    done = subprocess.run(
-        [str(ROOT / "image" / name), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900
-    )
-    assert done.returncode == 0, f"image/{name}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+def program(file: Path, *arguments: str | Path) -> None:
+    """One of image's programs, which must succeed."""
+    command = [sys.executable, str(file), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import booted
 import pytest
+from booted import Disks
 from operating import Operator, prepare
 
 
@@ -39,3 +40,9 @@ def nothing_left_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     yield
     mine = str(tmp_path_factory.getbasetemp())
     assert not [line for line in booted.children() if mine in line]
+
+
+@pytest.fixture
+def disks(operator: Operator, tmp_path: Path) -> Disks:
+    """Disks of a machine that would be accepted; a test changes a copy of one."""
+    return operator.disks("small", tmp_path / "log.raw")

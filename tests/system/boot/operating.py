@@ -5,17 +5,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from booted import FIRMWARE, IMAGES, SHAPE, SIM_STATE, Disks, image_program, made
+from booted import FIRMWARE, IMAGES, ROOT, SHAPE, SIM_STATE, Disks, made, program
 from mutations import copied
 
 import paritymodels
 
 MEASURE: Final = "countermark_measurements.cli"
 CLIENT: Final = "countermark.cli"
+DISKS: Final = ROOT / "image" / "disks"
 CONFIG: Final = """[node]
 operator = "boot.test.example"
 listen = "0.0.0.0:8443"
@@ -59,21 +61,17 @@ class Operator:
             log=copied(self.folder / "log.raw", log),
         )
 
-    def predict(self, kind: str) -> Path:
-        """Write the prediction of an image of this kind; where it is."""
-        target = self.folder / f"{kind}.prediction.json"
-        disk = ("--disk", IMAGES / f"{kind}-cpu" / "disk.raw", "--firmware", FIRMWARE, "--shape", SHAPE)
-        made(MEASURE, "predict", *disk, "--platform", "vtpm", "--out", target)
-        return target
-
-    def publish(self, kind: str, *more: str) -> Path:
-        """Predict, sign and publish an image of this kind; where its manifest is."""
-        image = ("--image", IMAGES / f"{kind}-cpu" / "image.json", "--keys", self.folder / "keys")
-        prediction = ("--prediction", self.predict(kind), "--out", self.folder / f"{kind}.json")
+    def publish(self, image: Path, *more: str) -> Path:
+        """Predict, sign and publish the image that was built in this folder; where its manifest is."""
+        name = image.name
+        prediction, release = self.folder / f"{name}.prediction.json", self.folder / f"{name}.json"
+        disk = ("--disk", image / "disk.raw", "--firmware", FIRMWARE, "--shape", SHAPE, "--platform", "vtpm")
+        made(MEASURE, "predict", *disk, "--out", prediction)
+        signed = ("--image", image / "image.json", "--keys", self.folder / "keys", "--out", release)
         with (self.folder / "publishing").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one publisher, several test processes
             before = set(self.public.glob("manifests/*.json"))
-            made(MEASURE, "manifest", *prediction, *image, "--publish", self.public, *more)
+            made(MEASURE, "manifest", "--prediction", prediction, *signed, "--publish", self.public, *more)
             (manifest,) = set(self.public.glob("manifests/*.json")) - before
         return manifest
 
@@ -96,11 +94,11 @@ def prepare(operator: Operator) -> None:
         made("countermark_appliance.cli", "weights", "build", folder / recipe.name, artefacts[name])
     for name, artefact in artefacts.items():
         (folder / f"{name}.toml").write_text(CONFIG.format(root=root_of(artefact)))
-        image_program("disks", "weights", artefact, folder / f"{name}.weights.raw")
-        image_program("disks", "config", folder / f"{name}.toml", folder / f"{name}.config.raw")
-    image_program("disks", "log", folder / "log.raw", "--size", "64")
+        program(DISKS, "weights", artefact, folder / f"{name}.weights.raw")
+        program(DISKS, "config", folder / f"{name}.toml", folder / f"{name}.config.raw")
+    program(DISKS, "log", folder / "log.raw", "--size", "64")
     made(MEASURE, "keys", "new", folder / "keys", "--log", "boot.test.example/measurements")
-    _policy(operator, operator.publish("test"), artefacts)
+    _policy(operator, operator.publish(IMAGES / "test-cpu"), artefacts)
 
 
 def _policy(operator: Operator, manifest: Path, artefacts: dict[str, Path]) -> None:
@@ -118,6 +116,17 @@ def _policy(operator: Operator, manifest: Path, artefacts: dict[str, Path]) -> N
     for name in accepted:
         weights = ("--weights", root_of(artefacts[name]))
         made(CLIENT, *operator.pin_arguments(manifest, operator.policy), *weights)
+
+
+def next_release(folder: Path) -> Path:
+    """The test image with another version in its os-release, built from a clone of the repository; its folder."""
+    clone, target = folder / "repository", folder / "next"
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True, timeout=120)
+    with (clone / "image/rootfs/common/usr/lib/os-release").open("a") as file:
+        file.write("VERSION=next\n")
+    built = ("--kind", "test", "--sim-state", SIM_STATE, "--cache", ROOT / "image" / "cache", "--out", target)
+    program(clone / "image" / "build", *built)
+    return target
 
 
 def root_of(artefact: Path) -> str:
