@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import vectors
-from countermark import cli
+from countermark import chat_cli, cli
 from countermark.cli import main
 from countermark.errors import Unavailable
 from countermark.fetch.intel import wanted_by
@@ -96,11 +96,12 @@ def given(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> Any:
     """What the command hands to `connect`."""
     seen: list[Any] = []
 
-    def connect(*_: Any, endorsements: Any) -> None:
+    def connect(*_: Any, endorsements: Any, **_others: Any) -> None:
         seen.append(endorsements)
         raise Unavailable("not here", code="channel.connect")
 
     monkeypatch.setattr(cli, "connect", connect)
+    monkeypatch.setattr(chat_cli, "connect", connect)
     assert main(argv) == 50
     return seen[0]
 

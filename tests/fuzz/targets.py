@@ -56,6 +56,7 @@ from countermark.gpu.report import DICE_FWID
 from countermark.gpu.revocation import parse_ocsp
 from countermark.gpu.rim import parse_rim
 from countermark.policy import encode_policy, parse_policy
+from countermark.proxy.wanted import parse_wanted
 from countermark.tdx.endorsements import parse_endorsements
 from countermark.tlog import checkpoint, cosignature, proof, tiles
 from countermark.wire import codec
@@ -250,6 +251,25 @@ def sidecars() -> list[bytes]:
     return [witnessed.encode_sidecar(side)]
 
 
+OPENAI = json.dumps(
+    {
+        "model": "countermark",
+        "messages": [
+            {"role": "system", "content": "brief"},
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        ],
+        "max_tokens": 5,
+        "seed": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop": ["a", "b"],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "logit_bias": {"5": 1.5},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+).encode()
 NODE = b"""
 [node]
 operator = "demo.example"
@@ -348,7 +368,7 @@ TARGETS: dict[str, Target] = {
     "RIM": Target(
         parse=parse_rim,
         seeds=lambda: [*scene().endorsements.gpu_rims, *genuine("nvidia/rim/*")],
-        covers=("gpu.rim.parse_rim",),
+        covers=("gpu.rim.parse_rim", "gpu.xmldsig.parse_enveloped"),
     ),
     "OCSP response": Target(
         parse=parse_ocsp,
@@ -401,6 +421,13 @@ TARGETS: dict[str, Target] = {
         seeds=lambda: [encode_policy(policy_for(machine())).encode()],
         covers=("policy.toml.parse_policy",),
         errors=(PolicyError,),
+    ),
+    "OpenAI request": Target(
+        parse=lambda data: parse_wanted(data, chat=True, max_bytes=1 << 20),
+        seeds=lambda: [OPENAI],
+        covers=("proxy.wanted.parse_wanted",),
+        errors=(RequestError,),
+        mutators=(mutator.mutate, mutator.mutate_json),
     ),
     "node configuration": Target(
         parse=lambda data: parse_config(data, base=Path("/")),

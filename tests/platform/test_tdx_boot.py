@@ -174,7 +174,7 @@ def test_on_sim_nobody_asks_for_the_mode_of_a_gpu(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "code"),
     [
-        ('"tdx"', '"vtpm"', "platform.unavailable"),
+        ('"tdx"', '"vtpm"', "platform.state"),
         ('"tdx"', '"sgx"', "platform.unknown"),
         ('"tdx"', '"sim"', "platform.state"),
         ('"tdx"', '"sim"\nstate = "absent"', "platform.state"),
